@@ -1,0 +1,168 @@
+"""KptConfig: the one configuration, strict, YAML in and out."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from kpt_lightning.errors import ConfigError
+
+
+class Level(StrEnum):
+    """What may change in the numbers."""
+
+    CONSERVATIVE = "conservative"
+    """Same precision as the user's, other kernels only."""
+    BALANCED = "balanced"
+    """Also FP8 block linears; fp32 master weights stay."""
+    AGGRESSIVE = "aggressive"
+    """Also the output head in FP8."""
+
+
+PrecisionName = Literal["auto", "fp8", "bf16", "bf16-mixed", "32"]
+ParallelName = Literal["auto", "single", "ddp", "fsdp2", "xla"]
+RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+Switch = Literal["auto"] | bool
+
+# Output heads: their rounding error goes straight into the loss.
+HEAD_PATTERNS = ("*lm_head", "*head", "*classifier", "*score", "*embed_out", "*output_projection")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Float8Config(_Section):
+    """How linear layers run in FP8."""
+
+    recipe: RecipeName = "tensorwise"
+    """Scaling granularity. tensorwise is the fastest, rowwise_with_gw_hp (bf16 weight gradient) the most accurate."""
+    emulate: bool = False
+    """Run the same numerics in fp32 arithmetic on any device. For tests: slower than no FP8."""
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    """fnmatch patterns of module names to convert; empty means every linear layer that the other rules admit."""
+    exclude: tuple[str, ...] = Field(default=HEAD_PATTERNS, strict=False)
+    """fnmatch patterns of module names to leave alone."""
+    odd_dims: Literal["skip", "pad"] = "skip"
+    """A layer whose dimensions are no multiple of 16 is skipped with its reason, or zero-padded at run time."""
+    only_where_it_pays: bool = True
+    """Skip layers too small to win back the cost of quantization."""
+
+
+class CompileConfig(_Section):
+    """What is compiled in place. "auto" compiles on CUDA and leaves a CPU alone."""
+
+    blocks: Switch = "auto"
+    """Repeated blocks, one by one, so that masks are built outside and attention stays causal."""
+    loss: Switch = "auto"
+    """The loss function of a transformers model."""
+
+
+class KptConfig(_Section):
+    """Everything that can be set. Each field has a default that needs no thought."""
+
+    level: Level = Field(default=Level.BALANCED, strict=False)
+    """What may change in the numbers."""
+    precision: PrecisionName = "auto"
+    """fp8 and bf16-mixed keep fp32 master weights; bf16 casts the weights; auto picks by hardware and level."""
+    parallel: ParallelName = "auto"
+    """auto is single for one device and ddp for several."""
+    float8: Float8Config = Float8Config()
+    """How linear layers run in FP8."""
+    compile: CompileConfig = CompileConfig()
+    """What is compiled in place."""
+    verify: Literal["kernels", "calls"] = "kernels"
+    """After step 1 the FP8 GEMM calls are checked against the plan; "kernels" also profiles one CUDA step."""
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        given = self.float8.model_fields_set
+        if self.precision in ("bf16", "bf16-mixed", "32") and given:
+            _contradiction(
+                f"float8.{sorted(given)[0]}", f"would be ignored beside precision={self.precision!r}",
+                "Set precision to 'fp8' or 'auto', or remove the float8 section",
+            )  # fmt: skip
+        if self.level is Level.CONSERVATIVE and self.precision == "fp8":
+            _contradiction(
+                "precision", "'fp8' is not allowed at level 'conservative', which keeps the numbers",
+                "Set level to 'balanced', or another precision",
+            )  # fmt: skip
+        if self.float8.emulate and self.precision != "fp8":
+            _contradiction(
+                "float8.emulate", f"emulation must be asked for; precision is {self.precision!r}",
+                "Set precision to 'fp8'",
+            )  # fmt: skip
+        return self
+
+    @classmethod
+    def build(cls, source: "KptConfig | dict[str, Any] | str | Path | None" = None, **overrides: Any) -> "KptConfig":
+        """A config from an object, a dict or a YAML file, with some fields replaced.
+
+        Args:
+            source: What to start from; None means the defaults.
+            overrides: Fields to replace; None values are left out.
+
+        Raises:
+            ConfigError: Unknown key, wrong type or contradictory pair.
+        """
+        if isinstance(source, str | Path):
+            source = cls.from_yaml(source)
+        data = source.model_dump(exclude_unset=True) if isinstance(source, KptConfig) else dict(source or {})
+        data.update({key: value for key, value in overrides.items() if value is not None})
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _explain(error, cls) from error
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "KptConfig":
+        """Read a YAML file.
+
+        Raises:
+            ConfigError: The file is missing, is no YAML mapping, or breaks a rule.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError("config", str(path), f"cannot be read ({error.strerror})", "Check the path") from error
+        except yaml.YAMLError as error:
+            raise ConfigError("config", str(path), f"is no YAML: {error}", "Correct the file") from error
+        if not isinstance(data, dict | None):
+            raise ConfigError("config", str(path), "must hold a mapping of settings", "Write 'key: value' lines")
+        return cls.build(data)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The settings as YAML text, also written to ``path`` when it is given. Unset fields stay unset."""
+        text = yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def _contradiction(field: str, rule: str, next_step: str) -> None:
+    raise PydanticCustomError("contradiction", "{rule}", {"field": field, "rule": rule, "next_step": next_step})
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """The first fault of a pydantic report as one sentence."""
+    fault = error.errors()[0]
+    context = fault.get("ctx", {})
+    field = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("literal[", "bool"))) or "config"
+    if fault["type"] == "contradiction":
+        value = fault["input"]
+        for part in context["field"].split("."):
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        return ConfigError(context["field"], value, context["rule"], context["next_step"])
+    if fault["type"] == "extra_forbidden":
+        section: Any = model
+        for part in fault["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        known = ", ".join(section.model_fields)
+        return ConfigError(field, fault["input"], "is not a setting", f"Known here: {known}")
+    alternatives = [item["ctx"]["expected"] for item in error.errors() if "expected" in item.get("ctx", {})]
+    rule = fault["msg"][0].lower() + fault["msg"][1:]
+    return ConfigError(field, fault["input"], rule, f"Allowed: {alternatives[0]}" if alternatives else "Correct it")

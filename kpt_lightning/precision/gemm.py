@@ -1,0 +1,121 @@
+"""The FP8 GEMM as one custom operator, which torch.compile calls as it is, so that every call can be counted."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class GemmCounts:
+    """FP8 GEMMs that ran.
+
+    Attributes:
+        calls: (role, M, N, K) -> number of calls; M, N, K are the sizes of this GEMM (K contracted).
+        emulated: How many of them ran in fp32 arithmetic.
+    """
+
+    calls: Counter[tuple[str, int, int, int]] = field(default_factory=Counter)
+    emulated: int = 0
+
+    @property
+    def total(self) -> int:
+        """All calls."""
+        return self.calls.total()
+
+    def of_role(self, role: str) -> int:
+        """Calls of one role: output, grad_input or grad_weight."""
+        return sum(count for (name, *_), count in self.calls.items() if name == role)
+
+
+_active: list[GemmCounts] = []
+
+
+@contextmanager
+def count_gemms() -> Iterator[GemmCounts]:
+    """Count every FP8 GEMM of this process, in any thread, until the block ends."""
+    counts = GemmCounts()
+    _active.append(counts)
+    try:
+        yield counts
+    finally:
+        _active[:] = [other for other in _active if other is not counts]
+
+
+def _run(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+    emulate: bool,
+    role: str,
+) -> Tensor:
+    for counts in _active:
+        counts.calls[role, a.shape[0], b.shape[1], a.shape[1]] += 1
+        counts.emulated += emulate
+    if emulate:
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+    return torch._scaled_mm(
+        a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum
+    )  # fmt: skip
+
+
+def _shape(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+    emulate: bool,
+    role: str,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+# A plain Library instead of torch.library.custom_op: a tenth of its overhead a call. The GEMM wants b column-major,
+# hence exact strides.
+_library = torch.library.Library("kpt", "FRAGMENT")
+_library.define(
+    "float8_gemm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool fast_accum, "
+    "bool emulate, str role) -> Tensor",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("float8_gemm", _run, _key)
+torch.library.register_fake("kpt::float8_gemm", _shape, lib=_library)
+
+
+def float8_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+    emulate: bool,
+    role: str,
+) -> Tensor:
+    """``(a * scale_a) @ (b * scale_b)``.
+
+    Args:
+        a: (M, K), FP8, row-major.
+        b: (K, N), FP8, column-major.
+        scale_a: fp32 scalar, or (M, 1).
+        scale_b: fp32 scalar, or (1, N); of the kind of ``scale_a``.
+        out_dtype: dtype of the result.
+        fast_accum: Accumulate in the tensor core's own precision; for the output GEMM.
+        emulate: Multiply in fp32 instead of ``torch._scaled_mm``.
+        role: output, grad_input or grad_weight; for the count.
+
+    Returns:
+        (M, N) in ``out_dtype``.
+    """
+    result: Tensor = torch.ops.kpt.float8_gemm(a, b, scale_a, scale_b, out_dtype, fast_accum, emulate, role)
+    return result
