@@ -139,5 +139,16 @@ class HardwareProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> "HardwareProfile":
-        """Read what :meth:`save` wrote. Raises as :meth:`from_dict`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: The file is not JSON, or as in :meth:`from_dict`.
+            OSError: The file cannot be read.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                "profile", str(path), f"not JSON ({error})", "Write it with HardwareProfile.save"
+            ) from error
+        return cls.from_dict(data)

@@ -1,0 +1,46 @@
+"""The ``kpt`` command. Each subcommand is one file that imports what is heavy only when it runs."""
+
+from typing import Annotated
+
+import typer
+
+from kpt_lightning import __version__
+from kpt_lightning.cli.doctor import doctor
+from kpt_lightning.errors import KptError
+
+app = typer.Typer(
+    name="kpt",
+    help="Hardware optimizations for PyTorch training: see what fits this machine, measure it, prove that it ran.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kpt-lightning {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the subcommand."""
+
+
+def main() -> None:
+    """Run ``kpt``; an error of ours is one line on stderr and exit status 2."""
+    try:
+        app()
+    except KptError as error:
+        typer.echo(f"kpt: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
