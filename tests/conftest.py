@@ -75,6 +75,12 @@ def missing_hardware(marker: str) -> str | None:
     return None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pass what one library warns another of; every other warning stays an error."""
+    # Lightning 2.6 asks torch's pytree by a name that torch 2.13 deprecates.
+    config.addinivalue_line("filterwarnings", "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, and say what it lacks."""
     for item in items:

@@ -73,8 +73,8 @@ def smollm2_lora(**changes: object) -> FineTuneConfig:
         if name not in known:
             raise ConfigError(name, changes[name], "it is no setting of this recipe", f"Known: {', '.join(known)}")
     config = FineTuneConfig(
-        steps=30,
-        batch_size=4,
+        steps=40,
+        batch_size=2,
         sequence_length=256,
         held_out_sequences=16,
         learning_rate=1e-3,

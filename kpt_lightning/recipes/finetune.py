@@ -100,24 +100,15 @@ def fine_tune(
     Raises:
         MissingDependencyError: Where peft is absent.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        module = CausalLM(add_lora(model, config), config)
-    trainer = Trainer(
-        devices=1,
-        strategy=strategy,
-        max_steps=config.steps,
-        gradient_clip_val=1.0,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
     held_out = DataLoader(Rows(corpus.held_out), batch_size=config.batch_size)
     train = DataLoader(Rows(corpus.train), batch_size=config.batch_size)
-    with warnings.catch_warnings():
+    # Adapters and loaders draw random numbers; the caller's generator stays as it was.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # The data is in memory: worker processes would only cost.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        torch.manual_seed(config.seed)
+        module = CausalLM(add_lora(model, config), config)
+        trainer = _trainer(config, strategy, callbacks)
         say("Held-out loss of the pretrained model ...")
         before = _held_out_loss(trainer, module, held_out)
         if (plan := getattr(trainer.strategy, "plan", None)) is not None:
@@ -128,6 +119,20 @@ def fine_tune(
         after = _held_out_loss(trainer, module, held_out)
     tokens = trainer.global_step * config.batch_size * config.sequence_length
     return FineTuneResult(before, after, tokens, trainer, module)
+
+
+def _trainer(config: FineTuneConfig, strategy: Strategy | str, callbacks: Sequence[Callback]) -> Trainer:
+    return Trainer(
+        devices=1,
+        strategy=strategy,
+        max_steps=config.steps,
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
 
 
 def _held_out_loss(trainer: Trainer, module: CausalLM, loader: "DataLoader[Tensor]") -> float:
