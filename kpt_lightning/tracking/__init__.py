@@ -1,0 +1,1 @@
+"""History of training runs: record, store, compare, report."""

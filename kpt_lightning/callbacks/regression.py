@@ -1,0 +1,248 @@
+"""RegressionCallback: measures a fit, keeps its record, compares it with the last like run."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from typing_extensions import override
+
+from kpt_lightning.callbacks.fetch_probe import FetchProbe
+from kpt_lightning.errors import ConfigError, HistoryError
+from kpt_lightning.tracking import report
+from kpt_lightning.tracking.compare import Comparison, RegressionError, RegressionWarning, compare_runs
+from kpt_lightning.tracking.record import RunRecord
+from kpt_lightning.tracking.recorder import RunInfo, RunRecorder, TokenCount
+from kpt_lightning.tracking.store import RunStore
+
+OnRegression = Literal["warn", "ignore", "fail"] | Callable[[Comparison], None]
+HISTORY_LIMIT = 20
+
+_log = logging.getLogger(__name__)
+
+
+class RegressionCallback(Callback):
+    """Measures every optimizer step of a fit, stores the record and says whether the run got slower.
+
+    Per step it adds a few clock reads (on CUDA: events) and no device synchronisation; losses stay on the device until
+    the end. Validation, checkpoints and epoch ends are not training time. Rank 0 measures itself, writes and prints.
+    A run that an exception or Ctrl-C ends is stored as "failed" or "interrupted", without losses, and never compared.
+
+    Attributes:
+        record: The record of the last fit, None on other ranks and where no step ran.
+        comparison: Against the last finished run of the same key, None where there was none.
+    """
+
+    def __init__(
+        self,
+        store: RunStore | str | Path | None = None,
+        *,
+        warmup_steps: int = 10,
+        name: str | None = None,
+        tokens_per_batch: TokenCount | None = None,
+        flops_per_step: float | None = None,
+        config: Mapping[str, Any] | None = None,
+        on_regression: OnRegression = "warn",
+        print_report: bool = True,
+    ) -> None:
+        """Configure; nothing is opened or measured before the fit.
+
+        Args:
+            store: The history: a path, a database URL or a store. None is ``KPT_HISTORY``, else ``.kpt/runs.sqlite``
+                under the current directory.
+            warmup_steps: Optimizer steps that no metric counts; at most a third of the run, and the record says so.
+            name: Label of the run, the module's class by default. Runs of different names are never compared.
+            tokens_per_batch: Tokens in a batch of rank 0, or a function of the batch; None counts ``input_ids``.
+            flops_per_step: FLOPs of one optimizer step of rank 0, for MFU; None counts them by formula.
+            config: JSON-like settings that make runs unlike.
+            on_regression: "warn", "ignore", "fail" (RegressionError on every rank after the fit), or a function of
+                the comparison, called on rank 0.
+            print_report: Print one table at the end.
+
+        Raises:
+            ConfigError: ``warmup_steps`` or ``on_regression`` is not one of these.
+        """
+        if not callable(on_regression) and on_regression not in ("warn", "ignore", "fail"):
+            rule = 'one of "warn", "ignore", "fail" or a function of the comparison'
+            raise ConfigError("on_regression", on_regression, rule, "Choose one of these")
+        if warmup_steps < 0:
+            raise ConfigError("warmup_steps", warmup_steps, "at least 0", "Give 0 to count every step")
+        self.store = store if isinstance(store, RunStore) else RunStore(store)
+        self.warmup_steps, self.name, self.config = warmup_steps, name, dict(config or {})
+        self.tokens_per_batch, self.flops_per_step = tokens_per_batch, flops_per_step
+        self.on_regression, self.print_report = on_regression, print_report
+        self.record: RunRecord | None = None
+        self.comparison: Comparison | None = None
+        self._recorder: RunRecorder | None = None
+        self._probe: FetchProbe | None = None
+        self._global_step = 0
+        self._resumed_from: str | None = None
+        self._verdict: tuple[str, ...] = ()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "kpt_lightning.RegressionCallback"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": 1, "run_id": None if self.record is None else self.record.run_id, "name": self.name}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed_from = state_dict.get("run_id")
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self.record = self.comparison = self._recorder = None
+        self._verdict = ()
+        message = ""
+        if trainer.is_global_zero:
+            try:
+                self.store.open()
+            except HistoryError as error:
+                message = str(error)
+        # Every rank must raise, or the others would wait for rank 0 in their next collective.
+        if message := trainer.strategy.broadcast(message):
+            raise HistoryError(message)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not trainer.is_global_zero:
+            return
+        plan = getattr(trainer.strategy, "plan", None)
+        info = RunInfo(
+            name=self.name or type(pl_module).__name__,
+            precision=str(trainer.precision),
+            strategy=type(trainer.strategy).__name__,
+            device_count=trainer.world_size,
+            config=self.config,
+            plan=None if plan is None else plan.to_dict(),
+        )
+        self._recorder = RunRecorder(
+            pl_module,
+            info,
+            device=trainer.strategy.root_device,
+            warmup_steps=self.warmup_steps,
+            tokens_per_batch=self.tokens_per_batch,
+            flops_per_step=self.flops_per_step,
+        )
+        self._recorder.start()
+        self._probe = FetchProbe(trainer, self._recorder.timer)
+        self._global_step = trainer.global_step
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.batch_start(batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is None:
+            return
+        step = trainer.global_step
+        done = step != self._global_step or not trainer.optimizers
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, torch.Tensor) and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
+            loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning divided it
+        self._recorder.batch_end(loss if isinstance(loss, (torch.Tensor, float)) else None, done=done)
+        self._global_step = step
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._pause()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        self._pause()
+
+    @override
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        if self._recorder is not None:
+            self._recorder.pause()
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        recorder = self._take_recorder()
+        if recorder is not None:
+            recorder.stop()
+            self.record = recorder.finish("finished")
+        if self.record is not None:
+            self._conclude(trainer, self.record)
+        if self.on_regression == "fail":
+            self._verdict = trainer.strategy.broadcast(self._verdict)
+
+    @override
+    def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.is_global_zero and self.record is None:
+            warnings.warn("kpt: no optimizer step ran, so there is no record of this fit.", stacklevel=2)
+        if self._verdict:
+            raise RegressionError("; ".join(self._verdict))
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        recorder = self._take_recorder()
+        if recorder is None:
+            return
+        stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
+        try:
+            recorder.stop(wait=False)
+            self.record = recorder.finish("interrupted" if stopped else "failed")
+            if self.record is not None:
+                self.store.add(self.record)
+        except (HistoryError, RuntimeError, OSError) as error:
+            # Logged and not warned: a warning filter of "error" would hide the user's exception behind ours.
+            _log.warning("kpt: this %s run has no record: %s", "interrupted" if stopped else "failed", error)
+
+    def _take_recorder(self) -> RunRecorder | None:
+        recorder, self._recorder = self._recorder, None
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
+        return recorder
+
+    def _conclude(self, trainer: "pl.Trainer", record: RunRecord) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(report.log_values(record), step=trainer.global_step)
+        try:
+            history = self.store.like(record.key, limit=HISTORY_LIMIT)
+            self.store.add(record)
+        except HistoryError as error:
+            warnings.warn(f"kpt: training finished, its record was not stored: {error}", stacklevel=2)
+            return
+        if history:
+            self.comparison = compare_runs(history[-1], record, history)
+        if self.print_report:
+            self._print(record)
+        if self.comparison is not None and self.comparison.regressed:
+            self._react(self.comparison)
+
+    def _print(self, record: RunRecord) -> None:
+        console = Console()
+        if self.comparison is None:
+            console.print(report.record_table(record))
+            console.print(report.NOTHING_TO_COMPARE)
+        else:
+            console.print(report.comparison_table(self.comparison))
+
+    def _react(self, comparison: Comparison) -> None:
+        if callable(self.on_regression):
+            self.on_regression(comparison)
+        elif self.on_regression == "fail":
+            self._verdict = comparison.regressions
+        elif self.on_regression == "warn":
+            warnings.warn(f"kpt: {'; '.join(comparison.regressions)}", RegressionWarning, stacklevel=2)

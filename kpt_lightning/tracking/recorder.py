@@ -1,0 +1,192 @@
+"""Measures a training run. Knows no trainer, so that any loop can use it."""
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from kpt_lightning.errors import ConfigError
+from kpt_lightning.measure.batch import batch_size
+from kpt_lightning.measure.memory import PeakMemory, peak_memory, reset_peak
+from kpt_lightning.measure.timer import StepTimer
+from kpt_lightning.tracking.fingerprint import environment, model_fingerprint
+from kpt_lightning.tracking.record import RunKey, RunRecord, digest
+from kpt_lightning.tracking.series import LossTrace, StepSeries, Work
+from kpt_lightning.tracking.summary import Observed, common_shape, most_batches, summarize
+
+T = TypeVar("T")
+TokenCount = int | Callable[[Any], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What the recorder cannot see for itself; each goes into the key.
+
+    Attributes:
+        name: Label of the run.
+        precision: Precision string, such as "bf16-mixed".
+        strategy: Name of the way of distributing.
+        device_count: Processes that train together.
+        config: Anything JSON-like that makes runs unlike.
+        plan: The optimization plan as JSON-like data; stored, not in the key.
+    """
+
+    name: str
+    precision: str = "32-true"
+    strategy: str = "single"
+    device_count: int = 1
+    config: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
+
+
+class RunRecorder:
+    """Collects times, work, memory and losses of one run.
+
+    A loop calls :meth:`start`, then per batch :meth:`batch_start` and :meth:`batch_end`, around anything that is not
+    training :meth:`pause`, and at last :meth:`finish`. Wrapping the loader in :meth:`batches` measures its cost.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        info: RunInfo,
+        *,
+        device: torch.device | str = "cpu",
+        warmup_steps: int = 10,
+        tokens_per_batch: TokenCount | None = None,
+        flops_per_step: float | None = None,
+    ) -> None:
+        """Prepare; the device is touched by :meth:`start`.
+
+        Args:
+            model: Read for its fingerprint at the start and its FLOPs at the end.
+            info: See :class:`RunInfo`.
+            device: Where the model trains.
+            warmup_steps: Optimizer steps that no metric counts; at most a third of the run.
+            tokens_per_batch: Tokens in a batch of this process, or a function of the batch; None looks for token ids.
+            flops_per_step: FLOPs of one optimizer step of this process; None counts them by formula.
+
+        Raises:
+            ConfigError: ``warmup_steps`` is negative.
+        """
+        if warmup_steps < 0:
+            raise ConfigError("warmup_steps", warmup_steps, "at least 0", "Give 0 to count every step")
+        self.model, self.info, self.device = model, info, torch.device(device)
+        self.timer = StepTimer(self.device)
+        self._series = StepSeries(warmup_steps)
+        self._losses = LossTrace()
+        self._tokens_per_batch, self._flops_per_step = tokens_per_batch, flops_per_step
+        self._work = Work(index=1)
+        self._memory: PeakMemory | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that ended since the start."""
+        return self._work.index - 1
+
+    def start(self) -> None:
+        """The model is on its device and training is about to start."""
+        from kpt_lightning.hardware import detect
+
+        self._profile = detect()
+        self._fingerprint = model_fingerprint(self.model)
+        driver = self._profile.versions.get("driver")
+        self._environment = environment({"driver": driver} if driver else None)
+        reset_peak(self.device)
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """Iterate a loader and time it."""
+        iterator = iter(loader)
+        while True:
+            self.timer.fetch_start()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.timer.fetch_end()
+            yield batch
+
+    def batch_start(self, batch: Any) -> None:
+        """Just before the forward pass."""
+        self._add_work(batch)
+        self.timer.batch_start()
+
+    def batch_end(
+        self, loss: torch.Tensor | float | None = None, *, step: int | None = None, done: bool = True
+    ) -> None:
+        """Just after the backward pass, or after the optimizer's step where it made one.
+
+        Args:
+            loss: Kept on its device.
+            step: Number of the optimizer step, from 1, where it does not start at 1 (a resumed run).
+            done: Whether this batch ended an optimizer step; False while gradients accumulate.
+        """
+        self.timer.batch_end(step_done=done, context=self._work if done else None)
+        if loss is not None:
+            self._losses.add(self._work.index if step is None else step, loss)
+        if done:
+            self._series.add(self.timer.drain())
+            self._work = Work(index=self._work.index + 1)
+
+    def pause(self) -> None:
+        """Validation, a checkpoint or the like happens before the next batch: its time is not the training's."""
+        self.timer.pause()
+
+    def stop(self, *, wait: bool = True) -> None:
+        """Training is over. ``wait=False`` takes only what is ready: after a failure a device may never answer."""
+        self._series.add(self.timer.finish() if wait else self.timer.drain())
+        self._memory = peak_memory(self.device)
+
+    def finish(self, status: str = "finished") -> RunRecord | None:
+        """The record, None where no step was measured. A run that did not finish has no losses: none are fetched."""
+        steady, warmup = self._series.steady()
+        if not steady:
+            return None
+        losses, marks, finite = self._losses.finish() if status == "finished" else ([], {}, None)
+        observed = Observed(
+            steady=steady, first=self._series.first, warmup=warmup, warmup_asked=self._series.warmup,
+            memory=self._memory, losses=losses, finite=finite, clock=self.timer.clock, dropped=self.timer.dropped,
+            model=self.model, precision=self.info.precision, profile=self._profile, flops_per_step=self._flops_per_step,
+        )  # fmt: skip
+        metrics, details, notes = summarize(observed)
+        config = {"batch": common_shape(steady), "batches_per_step": most_batches(steady), **self.info.config}
+        return RunRecord(
+            run_id=uuid.uuid4().hex,
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            key=RunKey(
+                name=self.info.name,
+                model=self._fingerprint,
+                config=digest(config),
+                device=self._profile.primary.name,
+                device_count=self.info.device_count,
+                strategy=self.info.strategy,
+                precision=self.info.precision,
+            ),
+            status=status,
+            metrics=metrics,
+            environment=self._environment,
+            loss_at=marks,
+            loss_finite=finite,
+            details={**details, "config": config, "steps": self.steps},
+            notes=notes,
+            plan=self.info.plan,
+        )
+
+    def _add_work(self, batch: Any) -> None:
+        work, size = self._work, batch_size(batch)
+        tokens = None if size is None else size.tokens
+        if self._tokens_per_batch is not None:
+            given = self._tokens_per_batch
+            tokens = given if isinstance(given, int) else int(given(batch))
+        work.batches += 1
+        if size is not None:
+            work.samples += size.samples
+            work.shape = size.shape
+        if tokens is not None:
+            work.tokens = (work.tokens or 0) + tokens
+            work.token_positions += tokens * (size.shape[-1] if size is not None and size.tokens is not None else 0)
