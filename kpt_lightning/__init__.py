@@ -1,3 +1,47 @@
-"""Plug hardware optimizations into the PyTorch trainer that you already have, and prove that they ran."""
+"""Plug hardware optimizations into the PyTorch trainer that you already have, and prove that they ran.
+
+Names are loaded when first used: importing this package imports neither torch nor Lightning and touches no device.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from kpt_lightning.registration import register
+
+if TYPE_CHECKING:
+    from kpt_lightning.callbacks.regression import RegressionCallback as RegressionCallback
+    from kpt_lightning.config import KptConfig as KptConfig
+    from kpt_lightning.config import Level as Level
+    from kpt_lightning.optimize.plan import Plan as Plan
+    from kpt_lightning.plugins.precision import KptFabricPrecision as KptFabricPrecision
+    from kpt_lightning.plugins.precision import KptPrecision as KptPrecision
+    from kpt_lightning.strategies import KptDDP as KptDDP
+    from kpt_lightning.strategies import KptFSDP2 as KptFSDP2
+    from kpt_lightning.strategies import KptSingleDevice as KptSingleDevice
+    from kpt_lightning.strategies import KptStrategy as KptStrategy
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "KptConfig": "config",
+    "KptDDP": "strategies",
+    "KptFSDP2": "strategies",
+    "KptFabricPrecision": "plugins.precision",
+    "KptPrecision": "plugins.precision",
+    "KptSingleDevice": "strategies",
+    "KptStrategy": "strategies",
+    "Level": "config",
+    "Plan": "optimize.plan",
+    "RegressionCallback": "callbacks.regression",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

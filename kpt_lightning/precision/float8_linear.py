@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from kpt_lightning.precision.cast import to_float8
 from kpt_lightning.precision.gemm import float8_gemm
@@ -66,7 +66,7 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Floa
         rows = F.pad(rows, (0, pad_k, 0, pad_m))
     if pad_k or pad_n:
         weight = F.pad(weight, (0, pad_k, 0, pad_n))
-    out: Tensor = _Float8Matmul.apply(rows, weight, settings)
+    out: Tensor = _Float8Matmul.apply(rows, weight, settings)  # type: ignore[no-untyped-call]
     if pad_m or pad_n:
         out = out[: out.shape[0] - pad_m, : out.shape[1] - pad_n]
     if bias is not None:

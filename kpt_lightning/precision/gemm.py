@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def _shape(
 
 # A plain Library instead of torch.library.custom_op: a tenth of its overhead a call. The GEMM wants b column-major,
 # hence exact strides.
-_library = torch.library.Library("kpt", "FRAGMENT")
+_library: Any = torch.library.Library("kpt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "float8_gemm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool fast_accum, "
     "bool emulate, str role) -> Tensor",

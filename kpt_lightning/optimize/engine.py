@@ -1,0 +1,157 @@
+"""The engine: plans for a model, applies the plan in place, proves in the first steps that it ran, and undoes it."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from kpt_lightning.config import KptConfig
+from kpt_lightning.decision import Decision, Rejected
+from kpt_lightning.hardware import HardwareProfile, detect
+from kpt_lightning.optimize.blocks import compile_blocks, restore_blocks
+from kpt_lightning.optimize.loss import compile_loss, restore_loss
+from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.rules import check_explicit, make_plan, on_device
+from kpt_lightning.precision.convert import convert_to_float8, restore_linear
+from kpt_lightning.precision.evidence import check_calls, check_kernels
+from kpt_lightning.precision.gemm import GemmCounts, count_gemms
+
+
+class Engine:
+    """One model at a time. Lightning, Fabric and plain loops all drive this.
+
+    Attributes:
+        config: The settings.
+        parallel: single, ddp or fsdp2; set by the strategy that binds it.
+        plan: None until :meth:`start`, then the plan of the last model, also after :meth:`stop`.
+    """
+
+    def __init__(self, config: KptConfig) -> None:
+        """Nothing is detected or touched yet.
+
+        Args:
+            config: The settings.
+        """
+        self.config = config
+        self.parallel = "single"
+        self.plan: Plan | None = None
+        self._undo = ExitStack()
+        self._counts: GemmCounts | None = None
+        self._layers: list[nn.Linear] = []
+        self._device_type = "cpu"
+        self._steps = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings and plan only: what is applied belongs to live modules."""
+        return {"config": self.config, "parallel": self.parallel, "plan": self.plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """An engine that has not started."""
+        self.__init__(state["config"])  # type: ignore[misc]
+        self.parallel, self.plan = state["parallel"], state["plan"]
+
+    def check(self, device_type: str) -> None:
+        """Refuse what this machine cannot do, before a model is there. Raises as ``check_explicit``."""
+        check_explicit(self.config, on_device(detect(), device_type))
+
+    def start(self, model: nn.Module, device_type: str, given_precision: str | None = None) -> Plan:
+        """Plan for ``model`` and change it in place. A model that was started before is undone first.
+
+        Args:
+            model: On any device.
+            device_type: Where it will run: "cuda" or "cpu".
+            given_precision: Name of the trainer's own precision, which then stays in charge.
+
+        Raises:
+            UnsupportedHardwareError: The plan asks for a unit that is not there.
+        """
+        self.stop()
+        profile: HardwareProfile = on_device(detect(), device_type)
+        self._device_type = device_type
+        plan = make_plan(model, self.config, profile, parallel=self.parallel, given_precision=given_precision)
+        with ExitStack() as undo:
+            self._layers = convert_to_float8(model, plan.float8_layers, self.config.float8)
+            undo.callback(restore_linear, self._layers)
+            if plan.precision == "bf16":
+                model.to(torch.bfloat16)
+            undo.callback(restore_blocks, compile_blocks(model, plan.compiled_blocks))
+            if plan.accepts("compile loss"):
+                undo.callback(restore_loss, compile_loss(model))
+            if self._layers:
+                self._counts = undo.enter_context(count_gemms())
+            self._undo = undo.pop_all()
+        self._steps = 0
+        self.plan = plan
+        return plan
+
+    def stop(self) -> None:
+        """Undo everything; the modules are as the user made them. The weights keep what they learned."""
+        self._undo.close()
+        self._counts = None
+        self._layers = []
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context of a forward pass."""
+        precision = self.plan.precision if self.plan is not None else self.config.precision
+        if precision in ("fp8", "bf16-mixed"):
+            return torch.autocast(self._device_type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def step(self, run: Callable[[], Any], *, whole: bool) -> Any:
+        """Run one optimizer step; the first ones are checked against the plan.
+
+        Args:
+            run: Does the step.
+            whole: ``run`` includes forward and backward, so that its kernels can be looked at.
+
+        Raises:
+            VerificationError: Something planned did not run.
+        """
+        if self._counts is None or self._steps > 1 or self.plan is None:
+            return run()
+        if self._steps == 1:
+            self._steps = 2
+            return self._profiled(run, whole)
+        result = run()
+        skipped = whole and result is None and not self._counts.total
+        if not skipped:
+            self._steps = 1
+            self.plan.proofs += check_calls(self._counts, self._layers)
+            for proof in self.plan.proofs:
+                if not proof:
+                    warnings.warn(f"kpt: {proof.reason}", stacklevel=2)
+        return result
+
+    def _profiled(self, run: Callable[[], Any], whole: bool) -> Any:
+        assert self.plan is not None
+        assert self._counts is not None
+        reason = self._why_no_profile(whole)
+        if reason is not None:
+            self.plan.proofs.append(Rejected("fp8 kernels", reason))
+            return run()
+        before = self._counts.total
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            result = run()
+            torch.cuda.synchronize()
+        names = [event.name for event in profiler.events() or () if event.device_type.name == "CUDA"]
+        self.plan.proofs.append(self._kernels(names, self._counts.total - before))
+        return result
+
+    @staticmethod
+    def _kernels(names: list[str], calls: int) -> Decision:
+        return check_kernels(names, calls) if calls else Rejected("fp8 kernels", "the profiled step made no FP8 call")
+
+    def _why_no_profile(self, whole: bool) -> str | None:
+        if self._device_type != "cuda":
+            return "no CUDA device to profile; calls were counted"
+        if self.config.verify == "calls":
+            return "switched off by verify='calls'"
+        if not whole:
+            return "manual optimization or Fabric: forward and backward ran outside the step; calls were counted"
+        if torch._C._autograd._profiler_enabled():
+            return "another profiler is running"
+        return None

@@ -1,0 +1,159 @@
+"""Making a plan by rules: what is asked for wins, "auto" follows the hardware. Nothing is measured here."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from kpt_lightning.config import HEAD_PATTERNS, KptConfig, Level
+from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.errors import UnsupportedHardwareError
+from kpt_lightning.hardware import HardwareProfile
+from kpt_lightning.optimize.blocks import decide_blocks
+from kpt_lightning.optimize.loss import decide_loss
+from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.precision.convert import decide_layers, float8_available
+
+ASKED = "asked for"
+
+
+def on_device(profile: HardwareProfile, device_type: str) -> HardwareProfile:
+    """The profile of the devices that this run uses: those of ``device_type``, or the host."""
+    devices = tuple(device for device in profile.devices if device.kind == device_type)
+    return replace(profile, devices=devices or (profile.host,))
+
+
+def check_explicit(config: KptConfig, profile: HardwareProfile) -> None:
+    """Refuse at once what this machine cannot do.
+
+    Raises:
+        UnsupportedHardwareError: FP8 was asked for, is not emulated, and there is no unit for it.
+    """
+    if config.precision != "fp8":
+        return
+    verdict = float8_available(config.float8, profile)
+    if not verdict:
+        raise UnsupportedHardwareError(
+            f"precision='fp8' was asked for, and {verdict.reason}. Set precision='auto' to use what is there, or "
+            "float8.emulate=True for the same numbers in fp32 arithmetic"
+        )
+
+
+def make_plan(
+    model: nn.Module, config: KptConfig, profile: HardwareProfile, *, parallel: str, given_precision: str | None = None
+) -> Plan:
+    """Decide everything for one model.
+
+    Args:
+        model: On any device; not changed.
+        config: The user's settings.
+        profile: Of the devices that this run uses; see :func:`on_device`.
+        parallel: single, ddp or fsdp2.
+        given_precision: The trainer's own precision plugin stays in charge; its name.
+
+    Raises:
+        UnsupportedHardwareError: As :func:`check_explicit`.
+    """
+    check_explicit(config, profile)
+    plan = Plan(config=config, device=profile.primary.name, precision="32", parallel=parallel)
+    plan.choices.append(Accepted(f"parallel {parallel}", ASKED if config.parallel == parallel else "by device count"))
+    plan.blocks = decide_blocks(model)
+    blocks = _compile_blocks(plan, profile)
+    _choose_precision(plan, model, profile, bool(blocks), given_precision)
+    plan.choices.append(blocks)
+    plan.choices.append(_compile_loss(model, config, profile))
+    return plan
+
+
+def _choose_precision(
+    plan: Plan, model: nn.Module, profile: HardwareProfile, compiled: bool, given_precision: str | None
+) -> None:
+    if given_precision is not None:
+        plan.precision = given_precision
+        plan.choices.append(Accepted(f"precision {given_precision}", "the trainer's own setting"))
+        return
+    asked = plan.config.precision
+    if asked in ("auto", "fp8"):
+        plan.layers = decide_layers(model, _with_head(plan.config).float8)
+        verdict = _float8(plan, profile, compiled)
+        plan.choices.append(verdict)
+        plan.precision = "fp8" if verdict else _without_float8(plan, profile)
+    else:
+        plan.precision = asked
+    reason = ASKED if asked == plan.precision else "chosen for this hardware"
+    masters = {"fp8": "; fp32 master weights, bf16 autocast", "bf16-mixed": "; fp32 master weights"}
+    plan.choices.append(Accepted(f"precision {plan.precision}", reason + masters.get(plan.precision, "")))
+
+
+def _with_head(config: KptConfig) -> KptConfig:
+    """At the aggressive level the output head may run in FP8 too, unless the user excluded it by name."""
+    if config.level is not Level.AGGRESSIVE or "exclude" in config.float8.model_fields_set:
+        return config
+    left = tuple(pattern for pattern in config.float8.exclude if pattern not in HEAD_PATTERNS)
+    return config.model_copy(update={"float8": config.float8.model_copy(update={"exclude": left})})
+
+
+def _float8(plan: Plan, profile: HardwareProfile, compiled: bool) -> Decision:
+    """Whether FP8 is used at all."""
+    verdict = float8_available(plan.config.float8, profile)
+    accepted = sum(1 for layer in plan.layers if layer)
+    if plan.config.precision == "fp8":
+        if not accepted:
+            reasons = "; ".join(sorted({layer.reason for layer in plan.layers})[:3]) or "the model has no linear layer"
+            raise UnsupportedHardwareError(
+                f"precision='fp8' was asked for, and none of {len(plan.layers)} linear layers can run in it: "
+                f"{reasons}. Widen float8.include, set float8.only_where_it_pays=False, or set precision='auto'"
+            )
+        return verdict
+    if plan.config.level is Level.CONSERVATIVE:
+        return Rejected("fp8", "level 'conservative' keeps the numbers")
+    if not verdict:
+        return verdict
+    if not accepted:
+        return Rejected("fp8", f"none of {len(plan.layers)} linear layers gains from it")
+    if not compiled:
+        # https://github.com/pytorch/ao/tree/main/torchao/prototype/float8nocompile: casts in eager mode cost more.
+        return Rejected("fp8", "without compiled blocks the casts cost more than FP8 wins; precision='fp8' insists")
+    return verdict
+
+
+def _without_float8(plan: Plan, profile: HardwareProfile) -> str:
+    if profile.kind == "cpu":
+        fast = [name for name in ("amx_bf16",) if name in profile.primary.isa]
+        verdict: Decision = (
+            Accepted("bf16-mixed", f"{profile.primary.name} has {fast[0]}")
+            if fast
+            else Rejected("bf16-mixed", f"{profile.primary.name} has no AMX unit; autocast casts would not pay back")
+        )
+    else:
+        verdict = replace(profile.supports("bf16"), subject="bf16-mixed")
+    plan.choices.append(verdict)
+    return "bf16-mixed" if verdict else "32"
+
+
+def _compile_blocks(plan: Plan, profile: HardwareProfile) -> Decision:
+    asked = plan.config.compile.blocks
+    found = sum(1 for block in plan.blocks if block)
+    verdict = _compile("compile blocks", asked, profile)
+    if not verdict:
+        return verdict
+    if not found:
+        return Rejected("compile blocks", "the model has no repeated blocks that are not compiled yet")
+    return Accepted("compile blocks", f"{found} blocks, in place; {verdict.reason}")
+
+
+def _compile_loss(model: nn.Module, config: KptConfig, profile: HardwareProfile) -> Decision:
+    verdict = _compile("compile loss", config.compile.loss, profile)
+    return decide_loss(model) if verdict else verdict
+
+
+def _compile(subject: str, asked: bool | str, profile: HardwareProfile) -> Decision:
+    if asked is False:
+        return Rejected(subject, "switched off")
+    possible = profile.supports("compile")
+    if asked is True:
+        if not possible:
+            raise UnsupportedHardwareError(f"{subject} was asked for, and {possible.reason}")
+        return Accepted(subject, ASKED)
+    if profile.kind == "cpu":
+        return Rejected(subject, f"on a CPU it is done when asked for: compile.{subject.split()[1]}=True")
+    return replace(possible, subject=subject)

@@ -1,0 +1,101 @@
+"""The same leaves for lightning.fabric.Fabric, whose strategies share no base with the Trainer's."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from kpt_lightning.strategies.connector import Request
+from kpt_lightning.strategies.fsdp2 import shard
+from kpt_lightning.strategies.leaf import ConfigSource, KptLeaf
+from kpt_lightning.strategies.leaves import check_devices, check_single
+
+__all__ = ["KptFabricDDP", "KptFabricFSDP2", "KptFabricSingleDevice"]
+
+
+class FabricLeaf(KptLeaf):
+    """What Fabric's leaves share."""
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Fabric's setup; the precision plugin has converted and compiled before."""
+        self._start_engine(module)
+        wrapped: nn.Module = super().setup_module(module)  # type: ignore[misc]
+        self._report()
+        return wrapped
+
+    def teardown(self) -> None:
+        """Fabric's teardown, then everything that was done to the module is undone."""
+        try:
+            super().teardown()  # type: ignore[misc]
+        finally:
+            self.engine.stop()
+
+
+class KptFabricSingleDevice(FabricLeaf, SingleDeviceStrategy):
+    """One device."""
+
+    _parallel = "single"
+
+    def __init__(
+        self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
+    ) -> None:
+        """Arguments as KptSingleDevice."""
+        super().__init__(**lightning)
+        self._init_engine(config, level, precision)
+
+    def bind(self, request: Request) -> None:
+        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
+        check_single(request, type(self).__name__)
+        self._root_device = torch.device(request.parallel_devices[0])
+        super().bind(request)
+
+
+class KptFabricDDP(FabricLeaf, DDPStrategy):  # type: ignore[misc]
+    """Several processes, each with the whole model."""
+
+    _parallel = "ddp"
+
+    def __init__(
+        self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
+    ) -> None:
+        """Arguments as KptDDP."""
+        super().__init__(**lightning)
+        self._init_engine(config, level, precision)
+
+    def bind(self, request: Request) -> None:
+        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
+        check_devices(request, self.parallel_devices, type(self).__name__)
+        super().bind(request)
+
+
+class KptFabricFSDP2(FabricLeaf, ModelParallelStrategy):
+    """Several processes, each with a shard."""
+
+    _parallel = "fsdp2"
+
+    def __init__(
+        self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
+    ) -> None:
+        """Arguments as KptFSDP2."""
+        super().__init__(parallelize_fn=self._parallelize, **lightning)
+        self._init_engine(config, level, precision)
+
+    def bind(self, request: Request) -> None:
+        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
+        check_devices(request, self.parallel_devices, type(self).__name__)
+        super().bind(request)
+
+    def setup_environment(self) -> None:
+        """One mesh over all processes, as KptFSDP2."""
+        if self._data_parallel_size == "auto" and self._tensor_parallel_size == "auto":
+            self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def _parallelize(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        mixed = self.plan is not None and self.plan.precision in ("fp8", "bf16-mixed")
+        shard(module, mesh["data_parallel"], self.root_device, mixed=mixed)
+        return module

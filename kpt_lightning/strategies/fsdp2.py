@@ -1,0 +1,138 @@
+"""KptFSDP2: Lightning's ModelParallelStrategy with fully_shard applied to an unmodified LightningModule."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.init import _materialize_distributed_module
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from kpt_lightning.optimize.blocks import decide_blocks
+from kpt_lightning.strategies.connector import Request
+from kpt_lightning.strategies.leaf import ConfigSource
+from kpt_lightning.strategies.leaves import TrainerLeaf, check_devices
+
+# Lightning calls these instead of forward, so they must gather the parameters too.
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class KptFSDP2(TrainerLeaf, ModelParallelStrategy):
+    """Several processes, each with a shard of parameters, gradients and optimizer state."""
+
+    strategy_name = "kpt_fsdp2"
+    _parallel = "fsdp2"
+
+    def __init__(
+        self,
+        config: ConfigSource = None,
+        *,
+        level: str | None = None,
+        precision: str | None = None,
+        **lightning: Any,
+    ) -> None:
+        """Nothing is touched yet. Arguments as KptSingleDevice; ``lightning`` are those of ModelParallelStrategy."""
+        super().__init__(**lightning)
+        self._init_engine(config, level, precision)
+
+    def bind(self, request: Request) -> None:
+        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
+        check_devices(request, self.parallel_devices, type(self).__name__)
+        super().bind(request)
+
+    def setup_environment(self) -> None:
+        """One mesh over all processes: Lightning's own default would be tensor parallel within a node."""
+        if self._data_parallel_size == "auto" and self._tensor_parallel_size == "auto":
+            self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """Convert and compile, then shard, then build optimizers: the only order that works."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self._start_engine(self.model)
+        self.model = self.precision_plugin.convert_module(self.model)
+        if not is_sharded(self.model):
+            mixed = self.plan is not None and self.plan.precision in ("fp8", "bf16-mixed")
+            shard(self.model, self.device_mesh["data_parallel"], self.root_device, mixed=mixed)
+        _materialize_distributed_module(self.model, self.root_device)
+        self.model_to_device()
+        self.barrier()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+        self._report()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Gradients are reduced once for an optimizer step; Lightning's own context knows DDP only."""
+        assert self.model is not None
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        _set_sync(sharded, False)
+        try:
+            yield
+        finally:
+            _set_sync(sharded, True)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the user, in ``configure_model``, or an earlier setup sharded it already."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, *, mixed: bool) -> None:
+    """Apply FSDP2: each repeated block on its own, the rest with the root.
+
+    Args:
+        module: Full parameters on every rank; those of rank 0 count.
+        mesh: One-dimensional.
+        device: Where this rank computes.
+        mixed: Gather bf16, keep fp32 shards, reduce fp32.
+    """
+    _broadcast(module, mesh, device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed else None,
+        reduce_dtype=torch.float32 if mixed else None,
+        # Autocast decides what a batch is rounded to: targets of a regression must keep fp32.
+        cast_forward_inputs=False,
+    )
+    blocks = dict(module.named_modules())
+    for decision in decide_blocks(module):
+        fully_shard(blocks[decision.subject], mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    for name in _STEPS:
+        if hasattr(module, name):
+            register_fsdp_forward_method(module, name)
+
+
+def _broadcast(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Every rank starts from the parameters and buffers of rank 0, as under DDP."""
+    group = mesh.get_group()
+    source = dist.get_global_rank(group, 0)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_meta or tensor.numel() == 0:
+            continue
+        received = tensor.detach().to(device)
+        dist.broadcast(received, src=source, group=group)
+        tensor.detach().copy_(received)
+
+
+def _set_sync(modules: list[Any], sync: bool) -> None:
+    for module in modules:
+        module.set_requires_gradient_sync(sync, recurse=False)

@@ -1,0 +1,114 @@
+"""What the leaves share: settings, the engine, and the check that nothing the user set is ignored."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from kpt_lightning.config import KptConfig
+from kpt_lightning.errors import ConfigError
+from kpt_lightning.optimize.engine import Engine
+from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.plugins.precision import KptFabricPrecision, KptPrecision
+from kpt_lightning.strategies.connector import Request, calling_request
+
+ConfigSource = KptConfig | dict[str, Any] | str | Path | None
+
+# Lightning's spelling of precision -> ours. What is not here stays Lightning's own plugin.
+_GIVEN = {"bf16-mixed": "bf16-mixed", "bf16": "bf16", "bf16-true": "bf16", "32": "32", "32-true": "32", 32: "32"}
+
+
+class KptLeaf:
+    """Mixin of every concrete strategy; stands before Lightning's own class.
+
+    Attributes:
+        engine: Plans, applies, proves and undoes.
+    """
+
+    engine: Engine
+    _parallel: str
+    _bound: bool = False
+    _given_precision: str | None = None
+
+    def _init_engine(self, config: ConfigSource, level: str | None, precision: str | None) -> None:
+        built = KptConfig.build(config, level=level, precision=None if precision == "auto" else precision)
+        if "parallel" in built.model_fields_set and built.parallel not in ("auto", self._parallel):
+            raise ConfigError(
+                "parallel", built.parallel, f"contradicts {type(self).__name__}, which is {self._parallel!r}",
+                "Remove it, or use KptStrategy",
+            )  # fmt: skip
+        self.engine = Engine(built)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was decided, and proved so far; None until a model was set up."""
+        return self.engine.plan
+
+    def bind(self, request: Request) -> None:
+        """Take what the connector knows. Called once, by the connector or by KptStrategy.
+
+        Raises:
+            ConfigError: Two settings contradict each other.
+            UnsupportedHardwareError: FP8 was asked for and there is no unit for it.
+        """
+        self._bound = True
+        self.engine.parallel = self._parallel
+        plugin = self._precision_plugin_for(request)
+        if request.is_fabric:
+            self.precision = plugin
+        else:
+            self.precision_plugin = plugin
+
+    def _configure_launcher(self) -> None:
+        if not self._bound:
+            self.bind(calling_request())
+        super()._configure_launcher()  # type: ignore[misc]
+
+    def _precision_plugin_for(self, request: Request) -> Any:
+        """The plugin that drives the engine, or the user's own.
+
+        Raises:
+            ConfigError: ``precision=`` or a plugin beside the strategy's own precision.
+        """
+        config = self.engine.config
+        ours = KptFabricPrecision if request.is_fabric else KptPrecision
+        if request.plugin_given:
+            _refuse_second(config, request, "plugins", type(request.plugin).__name__)
+            if isinstance(request.plugin, ours):
+                self._adopt(request.plugin.engine)
+            else:
+                self._given_precision = str(request.plugin.precision)
+                return request.plugin
+        elif request.precision is not None:
+            _refuse_second(config, request, "precision", request.precision)
+            if request.precision not in _GIVEN:
+                self._given_precision = str(request.precision)
+                return request.plugin
+            self.engine.config = KptConfig.build(config, precision=_GIVEN[request.precision])
+        device_type = self.root_device.type  # type: ignore[attr-defined]
+        self.engine.check(device_type)
+        return ours.around(self.engine, device_type)
+
+    def _adopt(self, engine: Engine) -> None:
+        """A KptPrecision beside KptStrategy: its precision, our other settings."""
+        given, own = engine.config, self.engine.config
+        self.engine.config = own.model_copy(
+            update={"precision": given.precision, "float8": given.float8},
+        )
+
+    def _start_engine(self, module: Any) -> None:
+        """With the trainer's own precision plugin the engine still compiles and reports."""
+        if self._given_precision is not None:
+            self.engine.start(module, self.root_device.type, self._given_precision)  # type: ignore[attr-defined]
+
+    def _report(self) -> None:
+        if self.plan is not None:
+            rank_zero_info(f"kpt: {self.plan.summary()}")
+
+
+def _refuse_second(config: KptConfig, request: Request, field: str, value: object) -> None:
+    if config.precision != "auto":
+        raise ConfigError(
+            f"{request.owner}({field})", value, f"contradicts KptStrategy(precision={config.precision!r}), which would "
+            "make it ignored", f"Remove one of the two, {field} or KptStrategy's precision",
+        )  # fmt: skip

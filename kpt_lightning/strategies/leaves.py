@@ -1,0 +1,123 @@
+"""The Trainer's strategies: Lightning's single device and DDP, driven by the engine."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from kpt_lightning.errors import ConfigError
+from kpt_lightning.strategies.connector import Request
+from kpt_lightning.strategies.leaf import ConfigSource, KptLeaf
+
+__all__ = ["KptDDP", "KptSingleDevice", "TrainerLeaf"]
+
+
+class TrainerLeaf(KptLeaf):
+    """What the Trainer's leaves share."""
+
+    def setup(self, trainer: Any) -> None:
+        """Lightning's setup; the precision plugin converts and compiles before anything is wrapped."""
+        self._start_engine(self.model)  # type: ignore[attr-defined]
+        super().setup(trainer)  # type: ignore[misc]
+        self._report()
+
+    def teardown(self) -> None:
+        """Lightning's teardown, then everything that was done to the module is undone, whatever happened."""
+        try:
+            super().teardown()  # type: ignore[misc]
+        finally:
+            self.engine.stop()
+
+
+class KptSingleDevice(TrainerLeaf, SingleDeviceStrategy):
+    """One device."""
+
+    strategy_name = "kpt_single_device"
+    _parallel = "single"
+
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        config: ConfigSource = None,
+        *,
+        level: str | None = None,
+        precision: str | None = None,
+        **lightning: Any,
+    ) -> None:
+        """Nothing is touched yet.
+
+        Args:
+            device: None takes the one that the Trainer chooses.
+            config: Settings, or the path of a YAML file.
+            level: conservative, balanced or aggressive.
+            precision: auto, fp8, bf16, bf16-mixed or 32.
+            lightning: Arguments of Lightning's SingleDeviceStrategy.
+        """
+        super().__init__(device=device or "cpu", **lightning)
+        self._device_given = device is not None
+        self._init_engine(config, level, precision)
+
+    def bind(self, request: Request) -> None:
+        """As KptLeaf.bind. Raises ConfigError where ``devices`` or ``accelerator`` would be ignored."""
+        check_single(request, type(self).__name__)
+        chosen = torch.device(request.parallel_devices[0])
+        if not self._device_given:
+            self._root_device = chosen
+        elif self._root_device.type != chosen.type:
+            raise ConfigError(
+                f"{type(self).__name__}(device)", str(self._root_device), f"contradicts the {request.owner}'s "
+                f"accelerator, which gives {chosen}", "Remove device, or set accelerator to match",
+            )  # fmt: skip
+        super().bind(request)
+
+
+class KptDDP(TrainerLeaf, DDPStrategy):
+    """Several processes, each with the whole model."""
+
+    strategy_name = "kpt_ddp"
+    _parallel = "ddp"
+
+    def __init__(
+        self,
+        config: ConfigSource = None,
+        *,
+        level: str | None = None,
+        precision: str | None = None,
+        **lightning: Any,
+    ) -> None:
+        """Nothing is touched yet. Arguments as KptSingleDevice; ``lightning`` are those of DDPStrategy."""
+        super().__init__(**lightning)
+        self._init_engine(config, level, precision)
+
+    def bind(self, request: Request) -> None:
+        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
+        check_devices(request, self.parallel_devices, type(self).__name__)
+        super().bind(request)
+
+
+def check_single(request: Request, name: str) -> None:
+    """Refuse ``devices`` or ``num_nodes`` beside a strategy of one device."""
+    count = len(request.parallel_devices)
+    if request.devices != "auto" and count > 1:
+        raise ConfigError(
+            f"{request.owner}(devices)", request.devices, f"contradicts {name}, which runs on one device",
+            "Set devices=1, or use KptStrategy() or KptDDP()",
+        )  # fmt: skip
+    if request.num_nodes > 1:
+        raise ConfigError(
+            f"{request.owner}(num_nodes)", request.num_nodes, f"contradicts {name}, which runs on one device",
+            "Set num_nodes=1, or use KptStrategy() or KptDDP()",
+        )  # fmt: skip
+
+
+def check_devices(request: Request, own: list[torch.device] | None, name: str) -> None:
+    """Refuse ``devices`` beside a strategy that was given its own ``parallel_devices``."""
+    if own is None or request.devices == "auto":
+        return
+    flag = request.connector._devices_flag
+    asked = len(flag) if isinstance(flag, list | tuple) else flag
+    if asked != len(own):
+        raise ConfigError(
+            f"{request.owner}(devices)", request.devices, f"contradicts {name}(parallel_devices=...), which names "
+            f"{len(own)} devices", "Remove one of the two",
+        )  # fmt: skip
