@@ -108,7 +108,7 @@ def _features(machine: "HardwareProfile") -> "Table":
 def _packages() -> "Table":
     from kpt_lightning import optional
 
-    table = _table("Optional packages", "Package", "Version", "Used for")
+    table = _table("Optional packages here", "Package", "Version", "Used for")
     for package in optional.ALL:
         if package.available():
             table.add_row(package.distribution, package.version or "unknown", _plain(package.purpose))

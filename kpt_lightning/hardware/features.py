@@ -13,13 +13,13 @@ Rule = Callable[[str, DeviceProfile, Versions], Decision]
 _CPU_BF16 = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16", "svebf16")
 
 
-def _from_capability(least: tuple[int, int], unit: str, lowest: str, cpu: str) -> Rule:
-    """A rule that NVIDIA GPUs meet from one compute capability on, and CPUs do not meet.
+def _from_capability(least: tuple[int, int], has: str, lacks: str, cpu: str) -> Rule:
+    """A rule that NVIDIA GPUs meet from one compute capability on, and CPUs never.
 
     Args:
-        least: Lowest compute capability that has it.
-        unit: What the older ones lack, such as "FP8 unit".
-        lowest: First generations that have it, a clause.
+        least: Lowest compute capability that meets it.
+        has: What is true of a GPU that meets it, to follow the GPU's name.
+        lacks: What is true of an older one, and what is needed.
         cpu: Why a CPU is rejected, a clause.
     """
 
@@ -29,8 +29,8 @@ def _from_capability(least: tuple[int, int], unit: str, lowest: str, cpu: str) -
         if device.capability is None:
             return _unknown(feature, device)
         if device.capability < least:
-            return Rejected(feature, f"{device.title} has no {unit}; {lowest}")
-        return Accepted(feature, f"{device.title} has it")
+            return Rejected(feature, f"{device.title} {lacks}")
+        return Accepted(feature, f"{device.title} {has}")
 
     return rule
 
@@ -68,22 +68,27 @@ def _flash_attention(feature: str, device: DeviceProfile, versions: Versions) ->
     return _FLASH_CUDA(feature, device, versions)
 
 
-_BF16_CUDA = _from_capability((8, 0), "bfloat16 unit", "bfloat16 needs Ampere or newer", "")
+_BF16_CUDA = _from_capability((8, 0), "has bfloat16 units", "has no bfloat16 unit; bfloat16 needs Ampere or newer", "")
 # https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
-_FLASH_CUDA = _from_capability((8, 0), "flash attention kernel in torch", "it needs Ampere or newer", "")
+_FLASH_CUDA = _from_capability(
+    (8, 0), "has flash attention in torch", "has no flash attention in torch; it needs Ampere or newer", ""
+)
 _FP8 = "FP8 needs Ada, Hopper or newer"
-_NO_FP8 = "CPUs have no FP8 unit; " + _FP8
 
 _RULES: dict[str, Rule] = {
     "bf16": _bf16,
     # torch._scaled_mm: https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/ScaledBlas.cpp
-    "fp8_tensorwise": _from_capability((8, 9), "FP8 unit", _FP8, _NO_FP8),
-    "fp8_rowwise": _from_capability((9, 0), "rowwise FP8 kernel", "rowwise FP8 needs Hopper or newer", _NO_FP8),
-    "mxfp8": _from_capability((10, 0), "MXFP8 unit", "MXFP8 needs Blackwell", "CPUs have no MXFP8 unit"),
-    "nvfp4": _from_capability((10, 0), "NVFP4 unit", "NVFP4 needs Blackwell", "CPUs have no NVFP4 unit"),
+    "fp8_tensorwise": _from_capability((8, 9), "has FP8 units", f"has no FP8 unit; {_FP8}", f"no FP8 unit; {_FP8}"),
+    "fp8_rowwise": _from_capability(
+        (9, 0), "has FP8 units", "is not offered rowwise FP8; it needs Hopper or newer", f"no FP8 unit; {_FP8}"
+    ),
+    "mxfp8": _from_capability((10, 0), "has MXFP8 units", "has no MXFP8 unit; MXFP8 needs Blackwell", "no MXFP8 unit"),
+    "nvfp4": _from_capability((10, 0), "has NVFP4 units", "has no NVFP4 unit; NVFP4 needs Blackwell", "no NVFP4 unit"),
     "compile": _compile,
     "flash_attention": _flash_attention,
-    "tf32": _from_capability((8, 0), "TF32 unit", "TF32 needs Ampere or newer", "TF32 is a format of GPUs"),
+    "tf32": _from_capability(
+        (8, 0), "has TF32 units", "has no TF32 unit; TF32 needs Ampere or newer", "TF32 is a format of GPUs"
+    ),
 }
 
 NAMES = tuple(_RULES)
