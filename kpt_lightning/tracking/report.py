@@ -2,30 +2,41 @@
 
 import io
 import math
+from collections.abc import Iterable
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kpt_lightning.tracking.compare import Comparison, Row
+from kpt_lightning.tracking.compare import RUN_NOISE, Comparison, Row
 from kpt_lightning.tracking.record import Metric, RunRecord
 
 NOTHING_TO_COMPARE = "first run of this key: nothing to compare with"
 COLORS = {"slower": "red", "worse": "red", "faster": "green", "better": "green"}
+LABELS = {
+    "step_time": "step time",
+    "data_wait": "data wait",
+    "tokens_per_second": "tokens/s",
+    "samples_per_second": "samples/s",
+    "mfu": "MFU",
+    "peak_memory": "peak memory",
+    "reserved_memory": "reserved",
+    "first_step_time": "first step",
+    "final_loss": "final loss",
+}
 PLAIN_WIDTH = 120
+FLOOR = RUN_NOISE["step_time"]
 
 
 def record_table(record: RunRecord) -> Table:
     """One run: each metric with its median, spread and number of steps."""
-    table = Table(
-        box=SIMPLE, title=_title(record), caption=_caption(record.notes), title_justify="left", caption_justify="left"
-    )
+    table = _table(_title(record), record.notes)
     table.add_column("metric", no_wrap=True)
     for name in ("median", "spread", "steps"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, metric in record.metrics.items():
         spread = "" if metric.spread is None else f"{metric.spread:.1%}"
-        table.add_row(name, show_value(metric.median, metric.unit), spread, str(metric.n))
+        table.add_row(LABELS.get(name, name), show_value(metric.median, metric.unit), spread, str(metric.n))
     return table
 
 
@@ -36,20 +47,21 @@ def comparison_table(comparison: Comparison) -> Table:
         notes.append("the environment changed, which may be the cause")
     if comparison.commits:
         notes.append(f"commit {_short(comparison.commits[0])} -> {_short(comparison.commits[1])}")
-    source = f"{comparison.like_runs} like runs" if comparison.like_runs else "a floor of 1.3 % per run"
+    source = f"{comparison.like_runs} like runs" if comparison.like_runs else f"a floor of {FLOOR:.1%} per run in time"
+    notes += [f"{row.metric}: {row.verdict}" for row in comparison.rows if ":" in row.verdict]
     notes += [*comparison.problems, f"noise between runs: {source}"]
     title = f"{_title(comparison.new)}\nagainst {comparison.baseline.run_id[:8]} of {comparison.baseline.created_at}"
-    table = Table(box=SIMPLE, title=title, caption=_caption(notes), title_justify="left", caption_justify="left")
+    table = _table(title, notes)
     table.add_column("metric", no_wrap=True)
     for name in ("baseline", "now", "change", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", min_width=6)
+    table.add_column("verdict", no_wrap=True)
     for row in comparison.rows:
         unit = comparison.new.metrics[row.metric].unit
-        color = COLORS.get(row.verdict)
-        verdict = f"[{color}]{row.verdict}[/{color}]" if color else row.verdict
+        verdict, color = row.verdict.partition(":")[0], COLORS.get(row.verdict)
+        verdict = f"[{color}]{verdict}[/{color}]" if color else verdict
         values = show_value(row.baseline, unit), show_value(row.new, unit)
-        table.add_row(row.metric, *values, f"{row.change:+.1%}", _interval(row), verdict)
+        table.add_row(LABELS.get(row.metric, row.metric), *values, _percent(row.change), _interval(row), verdict)
     return table
 
 
@@ -87,11 +99,17 @@ def _title(record: RunRecord) -> str:
 
 
 def _interval(row: Row) -> str:
-    return f"{row.interval.low * 100:+.1f}..{row.interval.high:+.1%}" if row.interval.finite else "unknown"
+    return f"{_percent(row.interval.low)}..{_percent(row.interval.high)}" if row.interval.finite else "unknown"
 
 
-def _caption(notes: "tuple[str, ...] | list[str]") -> str | None:
-    return "\n".join(notes) or None
+def _percent(change: float) -> str:
+    return f"{change:+.1%}" if abs(change) < 1 else f"x{change + 1:.3g}"
+
+
+def _table(title: str, notes: Iterable[str]) -> Table:
+    layout = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, caption="\n".join(notes) or None)
+    layout.title_justify = layout.caption_justify = "left"
+    return layout
 
 
 def _short(commit: str | None) -> str:
