@@ -124,7 +124,7 @@ class CausalLM(LightningModule):
             config: The run's settings.
         """
         super().__init__()
-        self.model = model
+        self.model = model.train()  # from_pretrained leaves it in eval mode
         self.config = config
 
     def loss(self, tokens: Tensor) -> Tensor:
