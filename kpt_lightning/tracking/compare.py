@@ -28,6 +28,8 @@ STEPWISE = frozenset({"step_time", "tokens_per_second", "samples_per_second", "m
 
 JUDGED = (*RUN_NOISE, "final_loss")
 HISTORY_NEEDED = 3
+ROBUST_FROM = 6
+WIDEST = 20.0
 CONFIDENCE = 0.95
 
 NEGLIGIBLE = 0.002
@@ -183,13 +185,20 @@ def _spread(name: str, old: Metric, new: Metric, like: Sequence[Metric]) -> floa
         within = math.hypot(_median_error(old), _median_error(new))
     medians = [math.log(metric.median) for metric in like if metric.median > 0]
     if len(medians) >= HISTORY_NEEDED:
-        mean = math.fsum(medians) / len(medians)
-        variance = math.fsum((value - mean) ** 2 for value in medians) / (len(medians) - 1)
+        sigma = _sigma_between(medians)
         t = statistics.t_quantile((1 + CONFIDENCE) / 2, len(medians) - 1)
-        return max(t * max(math.sqrt(2 * variance), within), NEGLIGIBLE)
+        return min(max(t * max(math.sqrt(2) * sigma, within), NEGLIGIBLE), WIDEST)
     if name not in RUN_NOISE:
         return f"its spread between runs is unknown; at least {HISTORY_NEEDED} like runs are needed"
     return statistics.normal_quantile((1 + CONFIDENCE) / 2) * math.hypot(within, math.sqrt(2) * RUN_NOISE[name])
+
+
+def _sigma_between(medians: Sequence[float]) -> float:
+    """Standard deviation of log medians; robust from six runs on, so that one spoiled run does not blind all later."""
+    if len(medians) >= ROBUST_FROM:
+        return statistics.robust_sigma(medians) or 0.0
+    mean = math.fsum(medians) / len(medians)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in medians) / (len(medians) - 1))
 
 
 def _median_error(metric: Metric) -> float:
@@ -202,6 +211,8 @@ def _verdict(name: str, better: str, interval: Interval, resolution: float) -> s
         return good if better == "higher" else bad
     if interval.high < 0:
         return bad if better == "higher" else good
+    if interval.half_width > 1:
+        return "cannot tell: runs differ by more than a factor of two for reasons of their own"
     if interval.half_width > resolution:
         more = math.ceil((interval.half_width / resolution) ** 2)
         return f"cannot tell: noise of ±{interval.half_width:.0%}; needs about {more} runs of each"

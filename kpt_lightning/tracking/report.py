@@ -4,7 +4,6 @@ import io
 import math
 from collections.abc import Iterable
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ LABELS = {
     "final_loss": "final loss",
 }
 PLAIN_WIDTH = 120
+UNREADABLE = 9.0
 FLOOR = RUN_NOISE["step_time"]
 
 
@@ -99,15 +99,16 @@ def _title(record: RunRecord) -> str:
 
 
 def _interval(row: Row) -> str:
-    return f"{_percent(row.interval.low)}..{_percent(row.interval.high)}" if row.interval.finite else "unknown"
+    known = row.interval.finite and row.interval.high < UNREADABLE
+    return f"{100 * row.interval.low:+.1f}..{row.interval.high:+.1%}" if known else "unknown"
 
 
 def _percent(change: float) -> str:
-    return f"{change:+.1%}" if abs(change) < 1 else f"x{change + 1:.3g}"
+    return f"{change:+.1%}" if abs(change) < UNREADABLE else f"x{change + 1:.3g}"
 
 
 def _table(title: str, notes: Iterable[str]) -> Table:
-    layout = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, caption="\n".join(notes) or None)
+    layout = Table(box=None, padding=(0, 2, 0, 0), title=title, caption="\n".join(notes) or None)
     layout.title_justify = layout.caption_justify = "left"
     return layout
 

@@ -18,7 +18,8 @@ def test_median_lies_inside_the_sample_and_ignores_order(values):
 
 
 @pytest.mark.parametrize(
-    ("values", "q", "expected"), [([1, 2, 3, 4], 0.5, 2.5), ([1, 2, 3, 4], 0.25, 1.75), ([5], 0.9, 5), ([0, 10], 1.0, 10)]
+    ("values", "q", "expected"),
+    [([1, 2, 3, 4], 0.5, 2.5), ([1, 2, 3, 4], 0.25, 1.75), ([5], 0.9, 5), ([0, 10], 1.0, 10)],
 )
 def test_quantile_is_of_type_7(values, q, expected):
     assert s.quantile(values, q) == pytest.approx(expected)
