@@ -1,0 +1,48 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = ("--steps", "9", "--batch-size", "1", "--sequence-length", "64", "--held-out-sequences", "2")
+
+
+def run(example: str, folder: Path, *arguments: str) -> str:
+    """Run an example as a user does and return what it printed."""
+    command = [sys.executable, EXAMPLES / example, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example_is_short_and_its_docstring_has_the_command(example: str) -> None:
+    text = (EXAMPLES / example).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert re.match(r'""".*Run: (make|python) ', text)
+
+
+def test_quickstart_trains_and_its_second_run_compares_itself_with_the_first(tmp_path: Path) -> None:
+    first = run("lightning_quickstart.py", tmp_path, "--epochs", "1")
+    second = run("lightning_quickstart.py", tmp_path, "--epochs", "1")
+    # ln 8 is the loss of a guess among eight classes.
+    assert float(first.rpartition("Loss after training: ")[2]) < 1.0
+    assert "nothing to compare with" in first
+    assert "nothing to compare with" not in second
+    assert "baseline" in second
+
+
+@pytest.mark.slow
+def test_demo_lowers_the_held_out_loss_and_its_second_run_compares_itself_with_the_first(tmp_path: Path) -> None:
+    first, second = run("demo.py", tmp_path, *SMALL), run("demo.py", tmp_path, *SMALL)
+    for output in (first, second):
+        before, after = re.search(r"Held-out loss (\S+) -> (\S+) nats", output).groups()
+        assert float(after) < float(before)
+        for part in ("This machine:", "Plan:", "precision", "tokens/s", "peak memory", "Record stored in"):
+            assert part in output
+    assert "The first run like this" in first
+    assert "Compared with the last like run:" in second
+    # Same seed, same text, same order.
+    assert re.search(r"Held-out loss .* nats", first).group() == re.search(r"Held-out loss .* nats", second).group()
