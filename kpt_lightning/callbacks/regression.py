@@ -91,7 +91,8 @@ class RegressionCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "run_id": None if self.record is None else self.record.run_id, "name": self.name}
+        running = self._recorder or self.record
+        return {"version": 1, "run_id": None if running is None else running.run_id}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -123,6 +124,7 @@ class RegressionCallback(Callback):
             device_count=trainer.world_size,
             config=self.config,
             plan=None if plan is None else plan.to_dict(),
+            resumed_from=self._resumed_from,
         )
         self._recorder = RunRecorder(
             pl_module,
@@ -132,7 +134,8 @@ class RegressionCallback(Callback):
             tokens_per_batch=self.tokens_per_batch,
             flops_per_step=self.flops_per_step,
         )
-        self._recorder.start()
+        self._recorder.start(first_step=trainer.global_step + 1)
+        self._resumed_from = None
         self._probe = FetchProbe(trainer, self._recorder.timer)
         self._global_step = trainer.global_step
 

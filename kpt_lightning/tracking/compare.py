@@ -23,6 +23,9 @@ Times: 90 pairs of runs of one commit on H100 in Megatron-LM's golden values dif
 is 1.3 % per run: https://github.com/NVIDIA/Megatron-LM/tree/main/tests/functional_tests/test_cases. Memory: a choice.
 """
 
+CPU_NOISE = 0.10
+"""The same for times on a CPU, which other processes share: a choice, as no public series is known."""
+
 STEPWISE = frozenset({"step_time", "tokens_per_second", "samples_per_second", "mfu"})
 """Metrics with one value per step, so that the spread inside a run is known."""
 
@@ -108,7 +111,7 @@ def compare_runs(
 
     The change of each metric gets a 95 % interval on the logarithm. Its width comes from the noise between runs, at
     least three like runs in ``history`` with the baseline's environment (standard deviation of the log medians,
-    Student t), else :data:`RUN_NOISE`; the spread inside each run, ``1.25 robust sigma / sqrt(effective steps)``, is
+    Student t), else :func:`noise_floor`; the spread inside each run, ``1.25 robust sigma / sqrt(effective steps)``, is
     added to the floor and bounds the estimate from below. A loss is judged from history only: nothing tells the
     spread of its seeds otherwise.
 
@@ -134,7 +137,8 @@ def compare_runs(
             name,
             baseline.metrics[name],
             new.metrics[name],
-            [r.metrics[name] for r in like if name in r.metrics],
+            [run.metrics[name] for run in like if name in run.metrics],
+            noise_floor(baseline, name),
             resolution,
         )
         for name in JUDGED
@@ -153,6 +157,12 @@ def compare_runs(
     )
 
 
+def noise_floor(run: RunRecord, metric: str) -> float | None:
+    """Relative standard deviation assumed between runs like this one, None where nothing is known."""
+    on_cpu = run.details.get("device_type") == "cpu" and metric in STEPWISE
+    return CPU_NOISE if on_cpu else RUN_NOISE.get(metric)
+
+
 def _facts(run: RunRecord) -> dict[str, str]:
     return {name: value for name, value in run.environment.items() if name != CODE_KEY}
 
@@ -162,9 +172,9 @@ def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, tuple[
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def _row(name: str, old: Metric, new: Metric, like: Sequence[Metric], resolution: float) -> Row:
+def _row(name: str, old: Metric, new: Metric, like: Sequence[Metric], floor: float | None, resolution: float) -> Row:
     change = new.median / old.median - 1 if old.median > 0 else math.nan
-    spread = _spread(name, old, new, like)
+    spread = _spread(name, old, new, like, floor)
     if isinstance(spread, str):
         unknown = Interval(-math.inf, math.inf, CONFIDENCE, spread)
         return Row(name, old.median, new.median, change, unknown, f"cannot tell: {spread}")
@@ -173,7 +183,7 @@ def _row(name: str, old: Metric, new: Metric, like: Sequence[Metric], resolution
     return Row(name, old.median, new.median, change, interval, _verdict(name, new.better, interval, resolution))
 
 
-def _spread(name: str, old: Metric, new: Metric, like: Sequence[Metric]) -> float | str:
+def _spread(name: str, old: Metric, new: Metric, like: Sequence[Metric], floor: float | None) -> float | str:
     """Half width of the interval of the log ratio, or why there is none."""
     if old.median <= 0 or new.median <= 0:
         return "a ratio needs positive values"
@@ -188,9 +198,9 @@ def _spread(name: str, old: Metric, new: Metric, like: Sequence[Metric]) -> floa
         sigma = _sigma_between(medians)
         t = statistics.t_quantile((1 + CONFIDENCE) / 2, len(medians) - 1)
         return min(max(t * max(math.sqrt(2) * sigma, within), NEGLIGIBLE), WIDEST)
-    if name not in RUN_NOISE:
+    if floor is None:
         return f"its spread between runs is unknown; at least {HISTORY_NEEDED} like runs are needed"
-    return statistics.normal_quantile((1 + CONFIDENCE) / 2) * math.hypot(within, math.sqrt(2) * RUN_NOISE[name])
+    return statistics.normal_quantile((1 + CONFIDENCE) / 2) * math.hypot(within, math.sqrt(2) * floor)
 
 
 def _sigma_between(medians: Sequence[float]) -> float:

@@ -1,5 +1,6 @@
 """Measures a training run. Knows no trainer, so that any loop can use it."""
 
+import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class RunInfo:
         device_count: Processes that train together.
         config: Anything JSON-like that makes runs unlike.
         plan: The optimization plan as JSON-like data; stored, not in the key.
+        resumed_from: Run whose checkpoint this one continues; stored, not in the key.
     """
 
     name: str
@@ -41,6 +43,7 @@ class RunInfo:
     device_count: int = 1
     config: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
+    resumed_from: str | None = None
 
 
 class RunRecorder:
@@ -71,10 +74,13 @@ class RunRecorder:
             flops_per_step: FLOPs of one optimizer step of this process; None counts them by formula.
 
         Raises:
-            ConfigError: ``warmup_steps`` is negative.
+            ConfigError: ``warmup_steps`` is negative, or the config or plan is not JSON-like.
         """
         if warmup_steps < 0:
             raise ConfigError("warmup_steps", warmup_steps, "at least 0", "Give 0 to count every step")
+        self.run_id = uuid.uuid4().hex
+        _check_json("config", info.config)
+        _check_json("plan", info.plan)
         self.model, self.info, self.device = model, info, torch.device(device)
         self.timer = StepTimer(self.device)
         self._series = StepSeries(warmup_steps)
@@ -88,10 +94,15 @@ class RunRecorder:
         """Optimizer steps that ended since the start."""
         return self._work.index - 1
 
-    def start(self) -> None:
-        """The model is on its device and training is about to start."""
+    def start(self, first_step: int = 1) -> None:
+        """The model is on its device and training is about to start.
+
+        Args:
+            first_step: Number of the first optimizer step; above 1 in a resumed run.
+        """
         from kpt_lightning.hardware import detect
 
+        self._first_step = first_step
         self._profile = detect()
         self._fingerprint = model_fingerprint(self.model)
         driver = self._profile.versions.get("driver")
@@ -116,19 +127,16 @@ class RunRecorder:
         self._add_work(batch)
         self.timer.batch_start()
 
-    def batch_end(
-        self, loss: torch.Tensor | float | None = None, *, step: int | None = None, done: bool = True
-    ) -> None:
+    def batch_end(self, loss: torch.Tensor | float | None = None, *, done: bool = True) -> None:
         """Just after the backward pass, or after the optimizer's step where it made one.
 
         Args:
             loss: Kept on its device.
-            step: Number of the optimizer step, from 1, where it does not start at 1 (a resumed run).
             done: Whether this batch ended an optimizer step; False while gradients accumulate.
         """
         self.timer.batch_end(step_done=done, context=self._work if done else None)
         if loss is not None:
-            self._losses.add(self._work.index if step is None else step, loss)
+            self._losses.add(self._first_step - 1 + self._work.index, loss)
         if done:
             self._series.add(self.timer.drain())
             self._work = Work(index=self._work.index + 1)
@@ -156,7 +164,7 @@ class RunRecorder:
         metrics, details, notes = summarize(observed)
         config = {"batch": common_shape(steady), "batches_per_step": most_batches(steady), **self.info.config}
         return RunRecord(
-            run_id=uuid.uuid4().hex,
+            run_id=self.run_id,
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             key=RunKey(
                 name=self.info.name,
@@ -172,10 +180,14 @@ class RunRecorder:
             environment=self._environment,
             loss_at=marks,
             loss_finite=finite,
-            details={**details, "config": config, "steps": self.steps},
+            details={**details, **self._facts(), "config": config},
             notes=notes,
             plan=self.info.plan,
         )
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {"steps": self.steps, "first_step": self._first_step, "device_type": self.device.type}
+        return facts if self.info.resumed_from is None else facts | {"resumed_from": self.info.resumed_from}
 
     def _add_work(self, batch: Any) -> None:
         work, size = self._work, batch_size(batch)
@@ -190,3 +202,11 @@ class RunRecorder:
         if tokens is not None:
             work.tokens = (work.tokens or 0) + tokens
             work.token_positions += tokens * (size.shape[-1] if size is not None and size.tokens is not None else 0)
+
+
+def _check_json(name: str, data: Mapping[str, Any] | None) -> None:
+    """Raise now, not after the training, where the record could not be stored."""
+    try:
+        json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(name, data, f"not JSON-like ({error})", "Give strings, numbers, lists and dicts") from error

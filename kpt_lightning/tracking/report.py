@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from kpt_lightning.tracking.compare import RUN_NOISE, Comparison, Row
+from kpt_lightning.tracking.compare import Comparison, Row, noise_floor
 from kpt_lightning.tracking.record import Metric, RunRecord
 
 NOTHING_TO_COMPARE = "first run of this key: nothing to compare with"
@@ -25,7 +25,6 @@ LABELS = {
 }
 PLAIN_WIDTH = 120
 UNREADABLE = 9.0
-FLOOR = RUN_NOISE["step_time"]
 
 
 def record_table(record: RunRecord) -> Table:
@@ -47,7 +46,8 @@ def comparison_table(comparison: Comparison) -> Table:
         notes.append("the environment changed, which may be the cause")
     if comparison.commits:
         notes.append(f"commit {_short(comparison.commits[0])} -> {_short(comparison.commits[1])}")
-    source = f"{comparison.like_runs} like runs" if comparison.like_runs else f"a floor of {FLOOR:.1%} per run in time"
+    floor = noise_floor(comparison.baseline, "step_time") or 0.0
+    source = f"{comparison.like_runs} like runs" if comparison.like_runs else f"a floor of {floor:.1%} per run in time"
     notes += [f"{row.metric}: {row.verdict}" for row in comparison.rows if ":" in row.verdict]
     notes += [*comparison.problems, f"noise between runs: {source}"]
     title = f"{_title(comparison.new)}\nagainst {comparison.baseline.run_id[:8]} of {comparison.baseline.created_at}"
@@ -108,7 +108,7 @@ def _percent(change: float) -> str:
 
 
 def _table(title: str, notes: Iterable[str]) -> Table:
-    layout = Table(box=None, padding=(0, 2, 0, 0), title=title, caption="\n".join(notes) or None)
+    layout = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, caption="\n".join(notes) or None)
     layout.title_justify = layout.caption_justify = "left"
     return layout
 

@@ -1,5 +1,6 @@
 """What the steps of a run leave behind, in bounded memory."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -106,11 +107,12 @@ class LossTrace:
         self._pending.clear()
 
     def finish(self) -> tuple[list[float], dict[int, float], bool | None]:
-        """Fetch: the last losses (at most :data:`LOSS_TAIL`), the loss at marked steps, and whether all were finite."""
+        """Fetch the last :data:`LOSS_TAIL` losses, the finite ones at marked steps, and whether all were finite."""
         self._flush()
         if self._tail is None or self._finite is None:
             return [], {}, None
-        marks = {
+        means = {
             step: float(torch.stack([v.reshape(()).float() for v in vs]).mean()) for step, vs in self._marks.items()
         }
+        marks = {step: mean for step, mean in means.items() if math.isfinite(mean)}
         return self._tail[-LOSS_TAIL:].tolist(), marks, bool(self._finite)

@@ -51,6 +51,12 @@ def test_the_interval_is_the_floor_and_the_spread_inside_the_runs_in_quadrature(
     assert wider.rows[0].interval.high > 2 * comparison.rows[0].interval.high
 
 
+def test_a_cpu_has_a_wider_floor():
+    old, new = (dataclasses.replace(run(time), details={"device_type": "cpu"}) for time in (0.1, 0.115))
+    assert compare_runs(old, new).rows[0].verdict.startswith("cannot tell")
+    assert compare_runs(run(0.1), run(0.115)).rows[0].verdict == "slower"
+
+
 def test_wide_noise_is_cannot_tell_and_says_how_many_runs_would_do():
     row = compare_runs(run(spread=0.3, n=30), run(0.104, spread=0.3, n=30)).rows[0]
     assert row.verdict.startswith("cannot tell: noise of")

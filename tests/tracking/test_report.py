@@ -35,9 +35,17 @@ def test_a_comparison_shows_verdicts_the_environment_and_the_source_of_the_noise
     new = slower(environment={"torch": "2.14", "git_commit": "b" * 40})
     text = report.as_text(report.comparison_table(compare_runs(RECORD, new)))
     for part in (
-        "step time", "500.000 ms", "+100.0%", "slower", "same within noise", 
-        "changed: torch 2.13 -> 2.14", "may be the cause", "commit aaaaaaaaaa -> bbbbbbbbbb", "a floor of 1.3%", "final_loss: cannot tell",
-    ):  # fmt: skip
+        "step time",
+        "500.000 ms",
+        "+100.0%",
+        "slower",
+        "same within noise",
+        "changed: torch 2.13 -> 2.14",
+        "may be the cause",
+        "commit aaaaaaaaaa -> bbbbbbbbbb",
+        "a floor of 1.3%",
+        "final_loss: cannot tell",
+    ):
         assert part in text, text
 
 

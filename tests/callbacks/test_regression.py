@@ -1,0 +1,342 @@
+import logging
+import time
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from kpt_lightning.callbacks import RegressionCallback
+from kpt_lightning.errors import ConfigError, HistoryError
+from kpt_lightning.tracking.compare import RegressionError, RegressionWarning
+from kpt_lightning.tracking.store import RunStore
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*train_dataloader yielded"),
+]
+
+
+class Rows(Dataset):
+    def __init__(self, count, delay=0.0):
+        self.count, self.delay = count, delay
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index >= self.count:
+            raise IndexError(index)
+        time.sleep(self.delay)
+        return torch.full((8,), float(index % 3))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.ones(8) for _ in range(40))
+
+
+class Net(pl.LightningModule):
+    def __init__(self, *, step_seconds=0.0, fail_at=None, error=None, nan_at=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.step_seconds, self.fail_at, self.error, self.nan_at = step_seconds, fail_at, error, nan_at
+
+    def training_step(self, batch, batch_idx):
+        if self.fail_at is not None and self.global_step >= self.fail_at:
+            raise self.error or RuntimeError("boom")
+        time.sleep(self.step_seconds)
+        loss = self.layers(batch).square().mean()
+        return loss * float("nan") if self.nan_at == self.global_step else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Validated(Net):
+    def validation_step(self, batch, batch_idx):
+        time.sleep(0.02)
+
+
+class Manual(Net):
+    """Two optimizers; with ``every`` they step on some batches only."""
+
+    def __init__(self, every=1):
+        super().__init__()
+        self.automatic_optimization, self.every = False, every
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layers(batch).square().mean()
+        self.manual_backward(loss)
+        if (batch_idx + 1) % self.every == 0:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), lr=1e-3) for layer in (self.layers[0], self.layers[2])]
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Fit with a callback that ignores regressions: two runs on a busy machine may differ by anything."""
+
+    def run(module=None, callback=None, *, rows=160, data=None, val=None, ckpt_path=None, callbacks=(), **options):
+        callback = callback or callback_for(tmp_path, on_regression="ignore")
+        defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False}
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, callbacks=[callback, *callbacks], **{**defaults, **options},
+        )  # fmt: skip
+        data = DataLoader(Rows(rows), batch_size=4) if data is None else data
+        trainer.fit(module or Net(), data, val, ckpt_path=ckpt_path)
+        return callback
+
+    return run
+
+
+def callback_for(tmp_path, **options):
+    return RegressionCallback(tmp_path / "runs.sqlite", print_report=False, **options)
+
+
+def test_a_fit_is_measured_stored_and_readable(fit, tmp_path):
+    callback = fit()
+    record = callback.record
+    assert RunStore(tmp_path / "runs.sqlite").all() == [record]
+    assert callback.comparison is None
+    assert record.status == "finished"
+    assert record.details["steps"] == 40
+    assert record.metrics["step_time"].n == 30
+    assert record.metrics["data_wait"].n == 30
+    assert record.key.name == "Net"
+    assert (record.key.strategy, record.key.precision, record.key.device_count) == (
+        "SingleDeviceStrategy",
+        "32-true",
+        1,
+    )
+    assert record.loss_finite is True
+
+
+def test_the_second_fit_is_compared_with_the_first_also_by_the_same_callback(fit):
+    callback = fit()
+    first = callback.record
+    fit(callback=callback)
+    assert callback.comparison.baseline == first
+    assert callback.comparison.new == callback.record != first
+    assert {row.metric for row in callback.comparison.rows} >= {"step_time", "samples_per_second", "peak_memory"}
+
+
+def test_a_slower_run_warns_and_a_slower_step_is_the_reason(fit, tmp_path):
+    fit(Net(step_seconds=0.002))
+    with pytest.warns(RegressionWarning, match="step_time slower"):
+        callback = fit(Net(step_seconds=0.05), callback_for(tmp_path))
+    verdicts = {row.metric: row.verdict for row in callback.comparison.rows}
+    assert verdicts["step_time"] == verdicts["samples_per_second"] == "slower"
+
+
+def test_fail_raises_after_the_record_is_stored(fit, tmp_path):
+    fit(Net(step_seconds=0.002))
+    with pytest.raises(RegressionError, match="step_time slower"):
+        fit(Net(step_seconds=0.05), callback_for(tmp_path, on_regression="fail"))
+    assert len(RunStore(tmp_path / "runs.sqlite").all()) == 2
+
+
+def test_a_function_gets_the_comparison_and_ignore_is_silent(fit, tmp_path):
+    fit(Net(step_seconds=0.002))
+    seen = []
+    fit(Net(step_seconds=0.05), callback_for(tmp_path, on_regression=seen.append))
+    assert seen[0].regressed
+    fit(Net(step_seconds=0.2), callback_for(tmp_path, on_regression="ignore"), rows=40)
+
+
+def test_a_slow_loader_shows_in_data_wait_and_throughput_and_not_in_step_time(fit):
+    data = DataLoader(Rows(60, delay=0.003), batch_size=4)
+    record = fit(data=data).record
+    assert record.metrics["data_wait"].median >= 0.012
+    assert record.metrics["samples_per_second"].median <= 4 / 0.012
+    assert record.metrics["step_time"].median < 0.5 * record.metrics["data_wait"].median + 0.01
+
+
+@pytest.mark.parametrize("kind", ["sized", "stream"])
+def test_the_loader_is_timed_whether_it_is_sized_or_not(fit, kind):
+    data = DataLoader(Stream() if kind == "stream" else Rows(160), batch_size=4)
+    callback = fit(data=data)
+    assert callback.record.metrics["data_wait"].n == callback.record.metrics["step_time"].n
+
+
+def test_validation_and_checkpoints_are_no_training_time(fit, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
+    record = fit(
+        Validated(),
+        val=DataLoader(Rows(8), batch_size=4),
+        callbacks=[saver],
+        val_check_interval=1,
+        enable_checkpointing=True,
+        rows=60,
+    ).record
+    assert record.metrics["samples_per_second"].median > 4 / (record.metrics["step_time"].median + 0.04)
+
+
+def test_accumulated_batches_are_one_step_with_the_loss_before_lightnings_division(fit):
+    plain = fit().record
+    record = fit(accumulate_grad_batches=4).record
+    assert record.details["steps"] == 10
+    assert record.details["config"]["batches_per_step"] == 4
+    assert record.key.config != plain.key.config
+    first_batches = (plain.loss_at[1] + plain.loss_at[2] + 2 * plain.loss_at[5]) / 4
+    assert record.loss_at[1] == pytest.approx(first_batches, rel=0.5)
+
+
+@pytest.mark.parametrize(("every", "steps", "batches"), [(1, 40, 1), (4, 10, 4)])
+def test_manual_optimization_with_two_optimizers_counts_steps_and_not_optimizers(fit, every, steps, batches):
+    record = fit(Manual(every)).record
+    assert record.details["steps"] == steps
+    assert record.details["config"]["batches_per_step"] == batches
+    assert record.loss_finite is True
+
+
+def test_a_single_step_has_a_record_that_says_so(fit):
+    record = fit(max_steps=1, max_epochs=-1).record
+    assert record.metrics["step_time"].n == 1
+    assert any("shrunk from 10 to 0" in note for note in record.notes)
+
+
+def test_one_batch_per_epoch_is_measured(fit):
+    record = fit(limit_train_batches=1, max_epochs=6).record
+    assert record.details["steps"] == 6
+
+
+@pytest.mark.parametrize("options", [{"limit_train_batches": 0}, {"max_steps": 0}])
+def test_a_fit_without_steps_says_so_and_stores_nothing(fit, tmp_path, options):
+    with pytest.warns(UserWarning, match="no optimizer step ran"):
+        callback = fit(**options)
+    assert callback.record is None
+    assert RunStore(tmp_path / "runs.sqlite").all() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "status"),
+    [(RuntimeError("boom"), RuntimeError, "failed"), (KeyboardInterrupt(), SystemExit, "interrupted")],
+)
+def test_an_exception_reaches_the_user_and_the_run_is_never_a_baseline(fit, tmp_path, error, raised, status):
+    with pytest.raises(raised):
+        fit(Net(fail_at=20, error=error))
+    store = RunStore(tmp_path / "runs.sqlite")
+    (record,) = store.all()
+    assert record.status == status
+    assert record.loss_finite is None
+    assert fit().comparison is None
+
+
+def test_a_store_that_breaks_during_a_failing_fit_does_not_hide_the_users_exception(fit, tmp_path, caplog):
+    class Break(pl.Callback):
+        def on_train_batch_end(self, *_):
+            (tmp_path / "runs.sqlite").write_bytes(b"broken" * 1000)
+
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="boom"):
+        fit(Net(fail_at=20), callbacks=[Break()])
+    assert "has no record" in caplog.text
+
+
+def test_a_store_that_breaks_during_training_is_a_warning_after_it(fit, tmp_path):
+    class Break(pl.Callback):
+        def on_train_batch_end(self, *_):
+            (tmp_path / "runs.sqlite").write_bytes(b"broken" * 1000)
+
+    with pytest.warns(UserWarning, match="was not stored"):
+        callback = fit(callbacks=[Break()])
+    assert callback.record.status == "finished"
+
+
+def test_an_unreadable_store_stops_the_fit_before_it_starts(fit, tmp_path):
+    (tmp_path / "runs.sqlite").write_bytes(b"not a database" * 100)
+    module = Net()
+    with pytest.raises(HistoryError, match="KPT_HISTORY"):
+        fit(module)
+    assert module.global_step == 0
+
+
+def test_a_nan_in_the_middle_is_a_regression_of_a_finite_baseline(fit, tmp_path):
+    fit()
+    with pytest.warns(RegressionWarning, match="not finite"):
+        assert fit(Net(nan_at=20), callback_for(tmp_path)).record.loss_finite is False
+
+
+def test_the_state_survives_a_checkpoint_loaded_with_weights_only_and_a_resumed_run_is_measured(fit, tmp_path):
+    saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
+    first = fit(callbacks=[saver], enable_checkpointing=True).record
+    path = tmp_path / "saved" / "last.ckpt"
+    state = torch.load(path, weights_only=True)["callbacks"]["kpt_lightning.RegressionCallback"]
+    assert state["version"] == 1
+    again = ModelCheckpoint(tmp_path / "again", save_last=True)
+    resumed = fit(ckpt_path=path, max_epochs=2, callbacks=[again], enable_checkpointing=True).record
+    assert resumed.details["steps"] == 40
+    assert resumed.details["first_step"] == 41
+    assert resumed.details["resumed_from"] == state["run_id"] == first.run_id
+    assert set(resumed.loss_at) == {50}
+    assert resumed.key == first.key
+
+
+def test_metrics_reach_the_logger_under_kpt(fit, tmp_path):
+    logger = CSVLogger(tmp_path, name="log", version=0)
+    fit(logger=logger, log_every_n_steps=1)
+    header = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert {"kpt/step_time", "kpt/samples_per_second", "kpt/peak_memory"} <= set(header.split(","))
+
+
+def test_the_report_says_that_the_first_run_has_nothing_to_compare_with(fit, tmp_path, capsys):
+    fit(callback=RegressionCallback(tmp_path / "runs.sqlite", on_regression="ignore"))
+    assert "first run of this key: nothing to compare with" in capsys.readouterr().out
+    fit(callback=RegressionCallback(tmp_path / "runs.sqlite", on_regression="ignore"))
+    out = capsys.readouterr().out
+    assert "verdict" in out
+    assert "step time" in out
+
+
+def test_names_and_configs_separate_histories(fit, tmp_path):
+    fit()
+    assert fit(callback=callback_for(tmp_path, name="other")).comparison is None
+    assert fit(callback=callback_for(tmp_path, config={"lr": 1})).comparison is None
+
+
+def test_the_profiler_gets_its_own_methods_back_also_after_an_exception(fit):
+    for module in (Net(), Net(fail_at=3)):
+        profiler = SimpleProfiler()
+        try:
+            fit(module, profiler=profiler)
+        except RuntimeError:
+            assert module.fail_at == 3
+        assert not {"start", "stop"} & vars(profiler).keys()
+        assert any(name.endswith("train_dataloader_next") for name in profiler.recorded_durations)
+
+
+def test_a_plan_of_the_strategy_is_stored(fit):
+    class Plan:
+        def to_dict(self):
+            return {"precision": "fp8", "steps": ["compile"]}
+
+    class Planned(SingleDeviceStrategy):
+        plan = Plan()
+
+    assert fit(strategy=Planned("cpu")).record.plan == Plan().to_dict()
+
+
+@pytest.mark.parametrize("options", [{"on_regression": "explode"}, {"warmup_steps": -1}])
+def test_a_wrong_setting_is_refused_at_once(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        RegressionCallback(**options)
+
+
+def test_making_one_opens_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KPT_HISTORY", raising=False)
+    RegressionCallback()
+    assert list(tmp_path.iterdir()) == []
