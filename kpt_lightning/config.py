@@ -90,6 +90,11 @@ class KptConfig(_Section):
                 "precision", "'fp8' is not allowed at level 'conservative', which keeps the numbers",
                 "Set level to 'balanced', or another precision",
             )  # fmt: skip
+        if self.level is Level.CONSERVATIVE and given:
+            _contradiction(
+                f"float8.{sorted(given)[0]}", "would be ignored at level 'conservative', which keeps the numbers",
+                "Set level to 'balanced', or remove the float8 section",
+            )  # fmt: skip
         if self.float8.emulate and self.precision != "fp8":
             _contradiction(
                 "float8.emulate", f"emulation must be asked for; precision is {self.precision!r}",
@@ -110,6 +115,8 @@ class KptConfig(_Section):
         """
         if isinstance(source, str | Path):
             source = cls.from_yaml(source)
+        if not isinstance(source, KptConfig | dict | None):
+            raise ConfigError("config", source, "is no KptConfig, dict or path", "Pass one of these")
         data = source.model_dump(exclude_unset=True) if isinstance(source, KptConfig) else dict(source or {})
         data.update({key: value for key, value in overrides.items() if value is not None})
         try:
@@ -149,9 +156,11 @@ def _contradiction(field: str, rule: str, next_step: str) -> None:
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """The first fault of a pydantic report as one sentence."""
-    fault = error.errors()[0]
+    faults = error.errors()
+    fault = faults[0]
     context = fault.get("ctx", {})
-    field = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("literal[", "bool"))) or "config"
+    where = _setting(fault["loc"])
+    field = ".".join(where) or "config"
     if fault["type"] == "contradiction":
         value = fault["input"]
         for part in context["field"].split("."):
@@ -159,10 +168,30 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
         return ConfigError(context["field"], value, context["rule"], context["next_step"])
     if fault["type"] == "extra_forbidden":
         section: Any = model
-        for part in fault["loc"][:-1]:
+        for part in where[:-1]:
             section = section.model_fields[part].annotation
-        known = ", ".join(section.model_fields)
-        return ConfigError(field, fault["input"], "is not a setting", f"Known here: {known}")
-    alternatives = [item["ctx"]["expected"] for item in error.errors() if "expected" in item.get("ctx", {})]
-    rule = fault["msg"][0].lower() + fault["msg"][1:]
-    return ConfigError(field, fault["input"], rule, f"Allowed: {alternatives[0]}" if alternatives else "Correct it")
+        return ConfigError(field, fault["input"], "is not a setting", f"Known here: {', '.join(section.model_fields)}")
+    # A union reports one fault for each of its members.
+    allowed = [text for each in faults if _setting(each["loc"]) == where and (text := _allowed(each))]
+    if allowed:
+        return ConfigError(field, fault["input"], "is not allowed", f"Allowed: {', '.join(allowed)}")
+    return ConfigError(field, fault["input"], fault["msg"][0].lower() + fault["msg"][1:], "Correct it")
+
+
+# Faults of pydantic that do not name in our words what they let pass.
+_ALLOWED = {
+    "bool_type": "true or false",
+    "model_type": "a mapping of settings",
+    "string_type": "a string",
+    "tuple_type": "a list of strings",
+}
+
+
+def _setting(location: tuple[int | str, ...]) -> list[str]:
+    """The names of a fault's place, without the members of a union and the places in a tuple."""
+    return [str(part) for part in location if not isinstance(part, int) and not part.startswith(("literal[", "bool"))]
+
+
+def _allowed(fault: Any) -> str:
+    """What a fault's rule lets pass, empty where it is none of a list."""
+    return str(fault.get("ctx", {}).get("expected", _ALLOWED.get(fault["type"], "")))

@@ -10,6 +10,7 @@ from torch import nn
 
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Decision, Rejected
+from kpt_lightning.errors import KptError
 from kpt_lightning.hardware import HardwareProfile, detect
 from kpt_lightning.optimize.blocks import compile_blocks, restore_blocks
 from kpt_lightning.optimize.loss import compile_loss, restore_loss
@@ -39,6 +40,7 @@ class Engine:
         self.parallel = "single"
         self.plan: Plan | None = None
         self._undo = ExitStack()
+        self._model: nn.Module | None = None
         self._counts: GemmCounts | None = None
         self._layers: list[nn.Linear] = []
         self._device_type = "cpu"
@@ -58,7 +60,7 @@ class Engine:
         check_explicit(self.config, on_device(detect(), device_type))
 
     def start(self, model: nn.Module, device_type: str, given_precision: str | None = None) -> Plan:
-        """Plan for ``model`` and change it in place. A model that was started before is undone first.
+        """Plan for ``model`` and change it in place; on an error it is left as it was. A second start begins anew.
 
         Args:
             model: On any device.
@@ -67,31 +69,43 @@ class Engine:
 
         Raises:
             UnsupportedHardwareError: The plan asks for a unit that is not there.
+            KptError: Another model is started and not stopped.
         """
+        if self._model is not None and self._model is not model:
+            raise KptError(
+                f"{type(self._model).__name__} is optimized already and {type(model).__name__} came second: one engine "
+                "serves one model. Put both into one module, or set up the second with a Trainer or Fabric of its own"
+            )
         self.stop()
         profile: HardwareProfile = on_device(detect(), device_type)
         self._device_type = device_type
         plan = make_plan(model, self.config, profile, parallel=self.parallel, given_precision=given_precision)
         with ExitStack() as undo:
+            undo.callback(self._forget)
             self._layers = convert_to_float8(model, plan.float8_layers, self.config.float8)
             undo.callback(restore_linear, self._layers)
-            if plan.precision == "bf16":
-                model.to(torch.bfloat16)
             undo.callback(restore_blocks, compile_blocks(model, plan.compiled_blocks))
             if plan.accepts("compile loss"):
                 undo.callback(restore_loss, compile_loss(model))
             if self._layers:
                 self._counts = undo.enter_context(count_gemms())
+            # Last, because rounding cannot be undone.
+            if plan.precision == "bf16":
+                model.to(torch.bfloat16)
             self._undo = undo.pop_all()
         self._steps = 0
-        self.plan = plan
+        self._model, self.plan = model, plan
         return plan
 
     def stop(self) -> None:
-        """Undo everything; the modules are as the user made them. The weights keep what they learned."""
+        """Undo everything; the modules are as the user made them.
+
+        The weights keep what they learned, and those that precision="bf16" cast stay bf16: what rounding took is gone.
+        """
         self._undo.close()
-        self._counts = None
-        self._layers = []
+
+    def _forget(self) -> None:
+        self._model, self._counts, self._layers = None, None, []
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of a forward pass."""
@@ -138,7 +152,10 @@ class Engine:
             result = run()
             torch.cuda.synchronize()
         names = [event.name for event in profiler.events() or () if event.device_type.name == "CUDA"]
-        self.plan.proofs.append(self._kernels(names, self._counts.total - before))
+        proof = self._kernels(names, self._counts.total - before)
+        self.plan.proofs.append(proof)
+        if not proof:
+            warnings.warn(f"kpt: {proof.reason}", stacklevel=3)
         return result
 
     @staticmethod
@@ -146,12 +163,12 @@ class Engine:
         return check_kernels(names, calls) if calls else Rejected("fp8 kernels", "the profiled step made no FP8 call")
 
     def _why_no_profile(self, whole: bool) -> str | None:
+        if torch._C._autograd._profiler_enabled():
+            return "another profiler is running; calls were counted"
         if self._device_type != "cuda":
             return "no CUDA device to profile; calls were counted"
         if self.config.verify == "calls":
             return "switched off by verify='calls'"
         if not whole:
             return "manual optimization or Fabric: forward and backward ran outside the step; calls were counted"
-        if torch._C._autograd._profiler_enabled():
-            return "another profiler is running"
         return None

@@ -43,7 +43,7 @@ def restore_loss(owner: nn.Module) -> None:
 def _owner(model: nn.Module) -> tuple[str, Any] | None:
     """The outermost module with a loss function known to transformers."""
     for name, module in model.named_modules():
-        kind = type(module)
-        if isinstance(getattr(kind, "loss_function", None), property) and getattr(module, "loss_type", None):
+        slot = getattr(type(module), "loss_function", None)
+        if isinstance(slot, property) and slot.fset is not None and getattr(module, "loss_type", None):
             return name, module
     return None

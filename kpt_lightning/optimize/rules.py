@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from kpt_lightning.config import HEAD_PATTERNS, KptConfig, Level
+from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
@@ -58,6 +58,8 @@ def make_plan(
     plan.choices.append(Accepted(f"parallel {parallel}", ASKED if config.parallel == parallel else "by device count"))
     plan.blocks = decide_blocks(model)
     blocks = _compile_blocks(plan, profile)
+    if not blocks:
+        plan.blocks = _unused(plan.blocks, "blocks are not compiled")
     _choose_precision(plan, model, profile, bool(blocks), given_precision)
     plan.choices.append(blocks)
     plan.choices.append(_compile_loss(model, config, profile))
@@ -76,6 +78,8 @@ def _choose_precision(
         plan.layers = decide_layers(model, _with_head(plan.config).float8)
         verdict = _float8(plan, profile, compiled)
         plan.choices.append(verdict)
+        if not verdict:
+            plan.layers = _unused(plan.layers, "FP8 is not used")
         plan.precision = "fp8" if verdict else _without_float8(plan, profile)
     else:
         plan.precision = asked
@@ -84,12 +88,16 @@ def _choose_precision(
     plan.choices.append(Accepted(f"precision {plan.precision}", reason + masters.get(plan.precision, "")))
 
 
+def _unused(decisions: list[Decision], reason: str) -> list[Decision]:
+    """What was accepted by itself, rejected with the whole."""
+    return [Rejected(each.subject, f"{each.reason}: {reason}") if each else each for each in decisions]
+
+
 def _with_head(config: KptConfig) -> KptConfig:
     """At the aggressive level the output head may run in FP8 too, unless the user excluded it by name."""
     if config.level is not Level.AGGRESSIVE or "exclude" in config.float8.model_fields_set:
         return config
-    left = tuple(pattern for pattern in config.float8.exclude if pattern not in HEAD_PATTERNS)
-    return config.model_copy(update={"float8": config.float8.model_copy(update={"exclude": left})})
+    return config.model_copy(update={"float8": config.float8.model_copy(update={"exclude": ()})})
 
 
 def _float8(plan: Plan, profile: HardwareProfile, compiled: bool) -> Decision:

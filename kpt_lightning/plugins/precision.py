@@ -35,6 +35,7 @@ class _EnginePrecision:
         *,
         config: KptConfig | dict[str, Any] | str | Path | None = None,
         float8: dict[str, Any] | None = None,
+        device_type: str | None = None,
     ) -> None:
         """Check the settings; no device is touched.
 
@@ -42,6 +43,8 @@ class _EnginePrecision:
             precision: auto, fp8, bf16, bf16-mixed or 32.
             config: Settings, or the path of a YAML file.
             float8: The float8 section alone.
+            device_type: "cuda" or "cpu". None means the Trainer's, and with Fabric, which does not tell, CUDA where
+                there is one.
 
         Raises:
             ConfigError: A setting is unknown, of the wrong type, or contradicts another one.
@@ -50,7 +53,7 @@ class _EnginePrecision:
         if "compile" not in built.model_fields_set:
             built = built.model_copy(update={"compile": CompileConfig(blocks=False, loss=False)})
         self.engine = Engine(built)
-        self.device_type = None
+        self.device_type = device_type
 
     @classmethod
     def around(cls, engine: Engine, device_type: str) -> Any:
@@ -70,10 +73,23 @@ class _EnginePrecision:
         return self.engine.plan
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Plan for ``module`` and change it in place."""
-        device_type = self.device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.engine.start(module, device_type)
+        """Plan for ``module`` and change it in place.
+
+        Raises:
+            UnsupportedHardwareError: FP8 was asked for, and the device or the model cannot run it.
+            KptError: Another module is in the hands of this plugin.
+        """
+        self.engine.start(module, self._device_type(module))
         return module
+
+    def _device_type(self, module: nn.Module) -> str:
+        """Where ``module`` will run: Lightning moves it there after this plugin has seen it."""
+        trainer = getattr(module, "_trainer", None)
+        if self.device_type is not None:
+            return self.device_type
+        if trainer is not None:
+            return str(trainer.strategy.root_device.type)
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """bf16 creates its weights in bf16; the others keep fp32 masters."""

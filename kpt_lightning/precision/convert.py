@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from kpt_lightning.config import Float8Config
 from kpt_lightning.decision import Accepted, Decision, Rejected
@@ -35,7 +36,7 @@ def float8_available(config: Float8Config, profile: HardwareProfile) -> Decision
 
 
 def decide_layers(model: nn.Module, config: Float8Config) -> list[Decision]:
-    """One decision for each linear layer of ``model``, subclasses of ``nn.Linear`` included.
+    """One decision for each linear layer of ``model``: ``nn.Linear``, its subclasses, and transformers' Conv1D.
 
     Args:
         model: Any module; not changed.
@@ -47,7 +48,9 @@ def decide_layers(model: nn.Module, config: Float8Config) -> list[Decision]:
     owners = _weight_owners(model)
     decisions: list[Decision] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if _is_conv1d(module):
+            decisions.append(Rejected(name, "Conv1D of transformers, which stores its weight transposed: no nn.Linear"))
+        elif isinstance(module, nn.Linear):
             reason = _why_not(name, module, config, owners)
             shape = f"{module.in_features} -> {module.out_features}"
             decisions.append(Rejected(name, f"{shape}: {reason}") if reason else Accepted(name, shape))
@@ -99,6 +102,12 @@ def _weight_owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """The linear layer of GPT-2; told by name, for this layer imports no transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
 def _why_not(
     name: str, module: nn.Linear, config: Float8Config, owners: dict[int, list[tuple[str, nn.Module]]]
 ) -> str | None:
@@ -123,19 +132,23 @@ def _why_not_by_kind(module: nn.Linear) -> str | None:
         return "its weight is empty"
     if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {module.weight.dtype}"
+    if (kind := type(module.weight.data)) not in (torch.Tensor, DTensor):
+        return f"its weight is a {kind.__name__}, a tensor with behaviour of its own"
     return None
 
 
 def _why_not_by_name(
     name: str, module: nn.Linear, config: Float8Config, owners: dict[int, list[tuple[str, nn.Module]]]
 ) -> str | None:
+    if config.include and not any(fnmatchcase(name, pattern) for pattern in config.include):
+        return "no pattern of float8.include names it"
+    # A name in float8.include wins over the exclusions of this package, not over the user's.
+    if not config.include or "exclude" in config.model_fields_set:
+        for pattern in config.exclude:
+            if fnmatchcase(name, pattern):
+                return f"float8.exclude names it ({pattern!r})"
     if config.include:
-        if not any(fnmatchcase(name, pattern) for pattern in config.include):
-            return "no pattern of float8.include names it"
         return None
-    for pattern in config.exclude:
-        if fnmatchcase(name, pattern):
-            return f"float8.exclude names it ({pattern!r})"
     for other, owner in owners[id(module.weight)]:
         if not isinstance(owner, nn.Linear):
             return f"its weight is tied to {other!r} ({type(owner).__name__})"

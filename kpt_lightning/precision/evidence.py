@@ -1,17 +1,20 @@
 """Proof that FP8 ran: calls counted against the layers converted, and kernel names from the profiler."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import VerificationError
-from kpt_lightning.precision.float8_linear import ALIGNMENT
+from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear
 from kpt_lightning.precision.gemm import GemmCounts
 from kpt_lightning.precision.recipes import ROLES
 
-# cuBLASLt names its Hopper and Blackwell FP8 kernels nvjet_*qq*; older and CUTLASS ones carry the type's name.
-_KERNEL_MARKS = ("nvjet_qq", "nvjet_sm90_qq", "nvjet_sm100_qq", "e4m3", "e5m2", "fp8", "float8")
+# cuBLASLt names the operands of its Hopper and Blackwell kernels by letter, as in nvjet_sm90_qrtst_128x160: q is e4m3
+# and r is e5m2. CUTLASS and older kernels carry the type's name.
+_KERNEL = re.compile(r"^nvjet_(sm\d+_)?[qr][qr]|e4m3|e5m2|fp8|float8")
+# A fused cast of torch.compile names float8 too.
 _NOT_GEMM = ("triton_",)
 
 
@@ -23,7 +26,8 @@ def check_calls(counts: GemmCounts, layers: Sequence[nn.Linear]) -> list[Decisio
         layers: The converted layers.
 
     Returns:
-        What ran; and a rejection where layers of some size did not run, which may be right (a second optimizer, say).
+        What ran; and a rejection where layers of some size, or no backward pass, did not run, which may be right (a
+        second optimizer, say).
 
     Raises:
         VerificationError: Not one FP8 GEMM ran.
@@ -39,21 +43,21 @@ def check_calls(counts: GemmCounts, layers: Sequence[nn.Linear]) -> list[Decisio
     kind = "emulated FP8 GEMMs" if counts.emulated else "FP8 GEMMs"
     text = ", ".join(f"{role} {counts.of_role(role)}" for role in ROLES)
     decisions: list[Decision] = [
-        Accepted("fp8 calls", f"{counts.total} {kind} in step 1 ({text}) from {len(layers)} layers")
+        Accepted("fp8 calls", f"{counts.total} {kind} by the end of step 1 ({text}) from {len(layers)} layers")
     ]
+    trained = any(_trains_in_fp8(layer) for layer in layers)
+    if trained and not counts.of_role("grad_input") + counts.of_role("grad_weight"):
+        decisions.append(Rejected("fp8 calls", "no FP8 GEMM ran in a backward pass by the end of step 1"))
     missing = sorted(planned - ran)
     if missing:
         sizes = ", ".join(f"{k} -> {n}" for n, k in missing)
-        decisions.append(Rejected("fp8 calls", f"FP8 layers of size {sizes} ran no FP8 GEMM in step 1"))
+        decisions.append(Rejected("fp8 calls", f"FP8 layers of size {sizes} ran no FP8 GEMM by the end of step 1"))
     return decisions
 
 
 def fp8_kernels(names: Iterable[str]) -> list[str]:
     """Those of the CUDA kernel names that are FP8 GEMMs."""
-    lowered = ((name, name.lower()) for name in names)
-    return [
-        name for name, low in lowered if any(mark in low for mark in _KERNEL_MARKS) and not low.startswith(_NOT_GEMM)
-    ]
+    return [name for name in names if _KERNEL.search(name.lower()) and not name.lower().startswith(_NOT_GEMM)]
 
 
 def check_kernels(names: Sequence[str], expected: int) -> Decision:
@@ -62,6 +66,9 @@ def check_kernels(names: Sequence[str], expected: int) -> Decision:
     Args:
         names: One entry for each kernel launch.
         expected: FP8 GEMM calls that Python counted in the same step.
+
+    Returns:
+        Accepted, or Rejected where some calls launched no FP8 kernel.
 
     Raises:
         VerificationError: No FP8 kernel was launched.
@@ -72,7 +79,14 @@ def check_kernels(names: Sequence[str], expected: int) -> Decision:
             f"{expected} FP8 GEMMs were called in the profiled step and no FP8 kernel was among its {len(names)} CUDA "
             "kernels. Set precision to 'bf16-mixed' and report the GPU and CUDA version"
         )
-    return Accepted("fp8 kernels", f"{len(found)} FP8 GEMM kernels in the profiled step, such as {found[0][:60]}")
+    if len(found) < expected:
+        reason = f"{len(found)} FP8 GEMM kernels for {expected} calls in the profiled step, such as {found[0]}"
+        return Rejected("fp8 kernels", reason)
+    return Accepted("fp8 kernels", f"{len(found)} FP8 GEMM kernels in the profiled step, such as {found[0]}")
+
+
+def _trains_in_fp8(layer: nn.Linear) -> bool:
+    return isinstance(layer, Float8Linear) and layer.weight.requires_grad and layer.float8.recipe.grad_weight_fp8
 
 
 def _up(size: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kpt_lightning.precision.cast import to_float8
@@ -45,7 +46,8 @@ class Float8Linear(nn.Linear):
 def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Float8Settings) -> Tensor:
     """``x @ weight^T + bias`` with FP8 GEMMs forward and backward.
 
-    Sizes that are no multiple of 16 are padded with zeros, which change no result.
+    Sizes that are no multiple of 16 are padded with zeros, which change no result. There is no second derivative:
+    ``create_graph=True`` and a backward pass through the gradient raise RuntimeError.
 
     Args:
         x: (..., K), float dtype; under autocast it is rounded to the autocast dtype first, as in nn.Linear.
@@ -58,7 +60,8 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Floa
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    # The GEMM reads both operands along K.
+    rows, weight = x.to(dtype).reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
     if rows.shape[0] == 0:
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     pad_m, pad_k, pad_n = (-rows.shape[0] % ALIGNMENT, -rows.shape[1] % ALIGNMENT, -weight.shape[0] % ALIGNMENT)
@@ -87,10 +90,11 @@ class _Float8Matmul(torch.autograd.Function):
         w8, w_scale = to_float8(weight, E4M3, axis=axis, power_of_two=recipe.power_of_two_scales)
         return float8_gemm(
             x8, w8.t(), x_scale, w_scale.reshape(1, -1) if recipe.rowwise else w_scale,
-            out_dtype=x.dtype, fast_accum=True, emulate=settings.emulate, role="output",
-        )  # fmt: skip
+            out_dtype=_written(x.dtype, recipe), fast_accum=True, emulate=settings.emulate, role="output",
+        ).to(x.dtype)  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         settings: Float8Settings = ctx.settings
@@ -111,8 +115,8 @@ def _grad_input(grad: Tensor, weight: Tensor, settings: Float8Settings) -> Tenso
         w_scale = w_scale.expand(1, weight.shape[1]).contiguous()
     return float8_gemm(
         g8, _column_major(w8), g_scale, w_scale,
-        out_dtype=grad.dtype, fast_accum=False, emulate=settings.emulate, role="grad_input",
-    )  # fmt: skip
+        out_dtype=_written(grad.dtype, recipe), fast_accum=False, emulate=settings.emulate, role="grad_input",
+    ).to(grad.dtype)  # fmt: skip
 
 
 def _grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype, settings: Float8Settings) -> Tensor:
@@ -123,12 +127,15 @@ def _grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype, settings: Float8Se
     axis, power_of_two = 0 if recipe.rowwise else None, recipe.power_of_two_scales
     g8, g_scale = to_float8(grad, recipe.grad_dtype, axis=axis, power_of_two=power_of_two)
     x8, x_scale = to_float8(x, E4M3, axis=axis, power_of_two=power_of_two)
-    # Rowwise kernels write bf16 only; tensorwise ones write the fp32 gradient themselves.
-    out_dtype = grad.dtype if recipe.rowwise else dtype
     return float8_gemm(
         g8.t().contiguous(), _column_major(x8), g_scale.reshape(-1, 1) if recipe.rowwise else g_scale, x_scale,
-        out_dtype=out_dtype, fast_accum=False, emulate=settings.emulate, role="grad_weight",
+        out_dtype=_written(dtype, recipe), fast_accum=False, emulate=settings.emulate, role="grad_weight",
     ).to(dtype)  # fmt: skip
+
+
+def _written(dtype: torch.dtype, recipe: Recipe) -> torch.dtype:
+    """What the kernel writes: rowwise kernels write bf16 only, tensorwise ones also the fp32 gradient."""
+    return torch.bfloat16 if recipe.rowwise else dtype
 
 
 def _column_major(x: Tensor) -> Tensor:

@@ -60,10 +60,17 @@ def _run(
         counts.calls[role, a.shape[0], b.shape[1], a.shape[1]] += 1
         counts.emulated += emulate
     if emulate:
-        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+        return _multiply(a, b, scale_a, scale_b).to(out_dtype)
     return torch._scaled_mm(
         a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum
     )  # fmt: skip
+
+
+def _multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    # Autocast reaches the inside of an operator and would multiply in bf16. FP8 values are exact in TF32, scaled ones
+    # are not: hence the scales come after the product, as in the kernels.
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.float() @ b.float()) * scale_a * scale_b
 
 
 def _shape(
