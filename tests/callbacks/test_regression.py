@@ -19,7 +19,7 @@ from kpt_lightning.tracking.store import RunStore
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*train_dataloader yielded"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
 ]
 
 
@@ -276,7 +276,7 @@ def test_the_state_survives_a_checkpoint_loaded_with_weights_only_and_a_resumed_
     path = tmp_path / "saved" / "last.ckpt"
     state = torch.load(path, weights_only=True)["callbacks"]["kpt_lightning.RegressionCallback"]
     assert state["version"] == 1
-    again = ModelCheckpoint(tmp_path / "again", save_last=True)
+    again = ModelCheckpoint(tmp_path / "saved", save_last=True)
     resumed = fit(ckpt_path=path, max_epochs=2, callbacks=[again], enable_checkpointing=True).record
     assert resumed.details["steps"] == 40
     assert resumed.details["first_step"] == 41
