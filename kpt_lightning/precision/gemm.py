@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,18 +59,14 @@ def _run(
     for counts in _active:
         counts.calls[role, a.shape[0], b.shape[1], a.shape[1]] += 1
         counts.emulated += emulate
-    if emulate:
-        return _multiply(a, b, scale_a, scale_b).to(out_dtype)
-    return torch._scaled_mm(
-        a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum
-    )  # fmt: skip
-
-
-def _multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
-    # Autocast reaches the inside of an operator and would multiply in bf16. FP8 values are exact in TF32, scaled ones
-    # are not: hence the scales come after the product, as in the kernels.
-    with torch.autocast(a.device.type, enabled=False):
-        return (a.float() @ b.float()) * scale_a * scale_b
+    # Autocast reaches the inside of an operator, and on a CPU both ways of multiplying would run in bf16.
+    with nullcontext() if a.is_cuda and not emulate else torch.autocast(a.device.type, enabled=False):
+        if emulate:
+            # FP8 values are exact in TF32, scaled ones are not: the scales come after the product, as in the kernels.
+            return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+        return torch._scaled_mm(
+            a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum
+        )  # fmt: skip
 
 
 def _shape(
