@@ -1,6 +1,7 @@
 """Host time that RegressionCallback spends inside its own hooks, per training step.
 
-Each hook is wrapped by two clock reads, whose own cost is part of the figure. The step is whatever the device makes of
+Each hook is wrapped by clock reads, whose own cost is part of the figure. On a machine that other processes share, the
+median of the thread's own CPU time says what the callback costs; wall time also holds the waits for a core. The step is whatever the device makes of
 it: the share is of the measured step and of the target's 250 ms step.
 
     python benchmarks/bench_callback_overhead.py [--device cpu|cuda] [--steps 500] [--accumulate 1] [--json out.json]
@@ -59,14 +60,15 @@ class Timed(RegressionCallback):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.seconds = defaultdict(list)
+        self.seconds, self.cpu_seconds = defaultdict(list), defaultdict(list)
         for name in HOOKS:
             setattr(self, name, self._timed(name, getattr(self, name)))
 
     def _timed(self, name, hook):
         def call(*args, **kwargs):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.thread_time()
             hook(*args, **kwargs)
+            self.cpu_seconds[name].append(time.thread_time() - cpu)
             self.seconds[name].append(time.perf_counter() - start)
 
         return call
@@ -101,6 +103,12 @@ def probe_cost(count=20_000):
     return probed - bare
 
 
+def steady_sums(times):
+    """Per batch, start and end hook together, without the first tenth."""
+    sums = [sum(pair) for pair in zip(*(times[name] for name in HOOKS[:2]), strict=True)]
+    return sums[len(sums) // 10 :]
+
+
 def measure(arguments):
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -114,8 +122,7 @@ def measure(arguments):
         trainer.callbacks.append(callback)
         rows = arguments.steps * arguments.accumulate * arguments.batch
         trainer.fit(Net(arguments.width, arguments.depth), DataLoader(Tokens(rows, arguments.length), arguments.batch))
-    per_batch = [sum(pair) for pair in zip(*(callback.seconds[name] for name in HOOKS[:2]), strict=True)]
-    steady = per_batch[len(per_batch) // 10 :]
+    steady, cpu = (steady_sums(times) for times in (callback.seconds, callback.cpu_seconds))
     probe = probe_cost()
     step = callback.record.metrics["step_time"].median
     middle = (statistics.median(steady) + probe) * arguments.accumulate
@@ -125,6 +132,7 @@ def measure(arguments):
         "steps": len(steady) // arguments.accumulate,
         "hooks_median_us": middle * 1e6,
         "hooks_mean_us": mean * 1e6,
+        "hooks_cpu_median_us": statistics.median(cpu) * arguments.accumulate * 1e6,
         "hooks_p99_us": (statistics.quantile(steady, 0.99) + probe) * arguments.accumulate * 1e6,
         "loader_probe_us": probe * 1e6,
         "step_ms": step * 1e3,

@@ -15,7 +15,13 @@ from typing_extensions import override
 from kpt_lightning.callbacks.fetch_probe import FetchProbe
 from kpt_lightning.errors import ConfigError, HistoryError
 from kpt_lightning.tracking import report
-from kpt_lightning.tracking.compare import Comparison, RegressionError, RegressionWarning, compare_runs
+from kpt_lightning.tracking.compare import (
+    Comparison,
+    RegressionError,
+    RegressionWarning,
+    choose_baseline,
+    compare_runs,
+)
 from kpt_lightning.tracking.record import RunRecord
 from kpt_lightning.tracking.recorder import RunInfo, RunRecorder, TokenCount
 from kpt_lightning.tracking.store import RunStore
@@ -31,7 +37,8 @@ class RegressionCallback(Callback):
 
     Per step it adds a few clock reads (on CUDA: events) and no device synchronisation; losses stay on the device until
     the end. Validation, checkpoints and epoch ends are not training time. Rank 0 measures itself, writes and prints.
-    A run that an exception or Ctrl-C ends is stored as "failed" or "interrupted", without losses, and never compared.
+    A run that an exception or Ctrl-C ends is stored as "failed" or "interrupted", without losses, and never compared;
+    ``fast_dev_run`` is not recorded.
 
     Attributes:
         record: The record of the last fit, None on other ranks and where no step ran.
@@ -114,7 +121,7 @@ class RegressionCallback(Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or _is_rehearsal(trainer):
             return
         plan = getattr(trainer.strategy, "plan", None)
         info = RunInfo(
@@ -191,7 +198,7 @@ class RegressionCallback(Callback):
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.is_global_zero and self.record is None:
+        if trainer.is_global_zero and self.record is None and not _is_rehearsal(trainer):
             warnings.warn("kpt: no optimizer step ran, so there is no record of this fit.", stacklevel=2)
         if self._verdict:
             raise RegressionError("; ".join(self._verdict))
@@ -227,8 +234,9 @@ class RegressionCallback(Callback):
         except HistoryError as error:
             warnings.warn(f"kpt: training finished, its record was not stored: {error}", stacklevel=2)
             return
-        if history:
-            self.comparison = compare_runs(history[-1], record, history)
+        baseline = choose_baseline(history)
+        if baseline is not None:
+            self.comparison = compare_runs(baseline, record, history)
         if self.print_report:
             self._print(record)
         if self.comparison is not None and self.comparison.regressed:
@@ -249,3 +257,7 @@ class RegressionCallback(Callback):
             self._verdict = comparison.regressions
         elif self.on_regression == "warn":
             warnings.warn(f"kpt: {'; '.join(comparison.regressions)}", RegressionWarning, stacklevel=2)
+
+
+def _is_rehearsal(trainer: "pl.Trainer") -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -157,6 +157,13 @@ def compare_runs(
     )
 
 
+def choose_baseline(history: Sequence[RunRecord]) -> RunRecord | None:
+    """The newest run that had enough steady steps to be judged, else the newest; None without history."""
+    least = statistics.values_needed(CONFIDENCE)
+    long = [run for run in history if "step_time" in run.metrics and run.metrics["step_time"].n >= least]
+    return next(reversed(long or list(history)), None)
+
+
 def noise_floor(run: RunRecord, metric: str) -> float | None:
     """Relative standard deviation assumed between runs like this one, None where nothing is known."""
     on_cpu = run.details.get("device_type") == "cpu" and metric in STEPWISE

@@ -34,7 +34,9 @@ def _parameter_facts(model: nn.Module) -> list[tuple[str, tuple[int, ...], str, 
     for name, parameter in model.named_parameters():
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")
-        facts.append((name, tuple(parameter.shape), str(parameter.dtype), parameter.requires_grad))
+        # a lazy parameter has no shape before its first forward pass
+        shape = () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+        facts.append((name, shape, str(parameter.dtype), parameter.requires_grad))
     return facts
 
 

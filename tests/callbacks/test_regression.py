@@ -222,6 +222,11 @@ def test_a_fit_without_steps_says_so_and_stores_nothing(fit, tmp_path, options):
     assert RunStore(tmp_path / "runs.sqlite").all() == []
 
 
+def test_a_rehearsal_is_not_recorded(fit, tmp_path):
+    assert fit(fast_dev_run=2).record is None
+    assert RunStore(tmp_path / "runs.sqlite").all() == []
+
+
 @pytest.mark.parametrize(
     ("error", "raised", "status"),
     [(RuntimeError("boom"), RuntimeError, "failed"), (KeyboardInterrupt(), SystemExit, "interrupted")],

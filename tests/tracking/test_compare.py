@@ -4,7 +4,7 @@ import random
 import pytest
 
 from kpt_lightning.errors import ConfigError
-from kpt_lightning.tracking.compare import compare_runs
+from kpt_lightning.tracking.compare import choose_baseline, compare_runs
 from kpt_lightning.tracking.record import Metric, RunKey, RunRecord
 
 KEY = RunKey(name="m", model="a", config="b", device="cpu", device_count=1, strategy="s", precision="32-true")
@@ -49,6 +49,14 @@ def test_the_interval_is_the_floor_and_the_spread_inside_the_runs_in_quadrature(
     assert comparison.rows[0].interval.high == pytest.approx(1.96 * 2**0.5 * 0.013, rel=0.05)
     wider = compare_runs(run(spread=0.2, n=50), run(spread=0.2, n=50))
     assert wider.rows[0].interval.high > 2 * comparison.rows[0].interval.high
+
+
+def test_a_run_too_short_to_judge_is_no_baseline_while_there_is_a_longer_one():
+    long, short = run(run_id="long"), run(run_id="short", n=2)
+    assert choose_baseline([long, short]) is long
+    assert choose_baseline([short]) is short
+    assert choose_baseline([run(run_id="older"), long]) is long
+    assert choose_baseline([]) is None
 
 
 def test_a_cpu_has_a_wider_floor():

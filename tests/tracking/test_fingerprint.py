@@ -66,6 +66,11 @@ def test_structure_matters(change):
     assert f.model_fingerprint(other) != f.model_fingerprint(model())
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_a_lazy_layer_has_a_fingerprint_before_its_first_pass():
+    assert f.model_fingerprint(nn.LazyLinear(4)) == f.model_fingerprint(nn.LazyLinear(4))
+
+
 def test_environment_holds_strings_hides_the_host_and_takes_extras(tmp_path):
     facts = f.environment({"driver": "1"}, tmp_path)
     assert facts["torch"] == str(torch.__version__)
