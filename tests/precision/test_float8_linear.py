@@ -39,8 +39,10 @@ def cpu_lacks_fp8() -> str:
 
 
 ON_CPU = pytest.mark.skipif(bool(cpu_lacks_fp8()), reason=cpu_lacks_fp8())
-# torch 2.13 warns of what its own compiler does with any autograd.Function.
-OF_TORCH = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# torch 2.13 warns of what its own compiler does.
+OF_TORCH = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.*torch.jit.* is deprecated:DeprecationWarning"
+)
 BACKENDS = [
     *(pytest.param(name, "cpu", True, id=f"{name}-emulated") for name in RECIPES),
     *(pytest.param(name, "cpu", False, id=f"{name}-cpu", marks=ON_CPU) for name in RECIPES),
