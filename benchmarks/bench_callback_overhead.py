@@ -1,8 +1,8 @@
 """Host time that RegressionCallback spends inside its own hooks, per training step.
 
 Each hook is wrapped by clock reads, whose own cost is part of the figure. On a machine that other processes share, the
-median of the thread's own CPU time says what the callback costs; wall time also holds the waits for a core. The step is whatever the device makes of
-it: the share is of the measured step and of the target's 250 ms step.
+median of the thread's own CPU time says what the callback costs; wall time also holds the waits for a core. The share
+is of the measured step and of the target's 250 ms step.
 
     python benchmarks/bench_callback_overhead.py [--device cpu|cuda] [--steps 500] [--accumulate 1] [--json out.json]
 """
