@@ -96,6 +96,5 @@ class KptFabricFSDP2(FabricLeaf, ModelParallelStrategy):
         super().setup_environment()
 
     def _parallelize(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        mixed = self.plan is not None and self.plan.precision in ("fp8", "bf16-mixed")
-        shard(module, mesh["data_parallel"], self.root_device, mixed=mixed)
+        shard(module, mesh["data_parallel"], self.root_device, self.plan)
         return module

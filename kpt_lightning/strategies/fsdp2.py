@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from kpt_lightning.optimize.blocks import decide_blocks
+from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.strategies.connector import Request
 from kpt_lightning.strategies.leaf import ConfigSource
 from kpt_lightning.strategies.leaves import TrainerLeaf, check_devices
@@ -66,8 +67,7 @@ class KptFSDP2(TrainerLeaf, ModelParallelStrategy):
         self._start_engine(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         if not is_sharded(self.model):
-            mixed = self.plan is not None and self.plan.precision in ("fp8", "bf16-mixed")
-            shard(self.model, self.device_mesh["data_parallel"], self.root_device, mixed=mixed)
+            shard(self.model, self.device_mesh["data_parallel"], self.root_device, self.plan)
         _materialize_distributed_module(self.model, self.root_device)
         self.model_to_device()
         self.barrier()
@@ -96,16 +96,18 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, *, mixed: bool) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, plan: Plan | None) -> None:
     """Apply FSDP2: each repeated block on its own, the rest with the root.
 
     Args:
         module: Full parameters on every rank; those of rank 0 count.
         mesh: One-dimensional.
         device: Where this rank computes.
-        mixed: Gather bf16, keep fp32 shards, reduce fp32.
+        plan: Under a mixed precision bf16 is gathered, fp32 kept in the shards and reduced.
     """
     _broadcast(module, mesh, device)
+    # Autocast on a CPU cannot mix bf16 norm weights with fp32 inputs, on CUDA it does.
+    mixed = plan is not None and plan.precision in ("fp8", "bf16-mixed") and device.type == "cuda"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed else None,
         reduce_dtype=torch.float32 if mixed else None,
