@@ -66,7 +66,8 @@ def show_result(result: "FineTuneResult", tracker: "RegressionCallback") -> None
         console.print("The first run like this: a second one compares itself with it.")
     else:
         console.print(report.comparison_table(tracker.comparison))
-        found = "; ".join(tracker.comparison.regressions) or "nothing got worse beyond the noise"
+        # "cannot tell: why" is in the table in full.
+        found = ", ".join(f"{row.metric} {row.verdict.partition(':')[0]}" for row in tracker.comparison.rows)
         console.print(f"Compared with the last like run: {found}.")
     console.print(f"Held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token.")
     console.print(
