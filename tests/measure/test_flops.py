@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kpt_lightning.config import Float8Config
 from kpt_lightning.decision import Rejected
 from kpt_lightning.measure.flops import training_flops
+from kpt_lightning.precision.convert import convert_to_float8
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -104,6 +106,13 @@ def test_an_mlp_is_counted_exactly_whatever_is_frozen(frozen):
     count = training_flops(model, 5)
     assert (count.forward, count.backward) == (forward, backward)
     assert any("attention" in left for left in count.left_out)
+
+
+def test_fp8_conversion_does_not_change_the_count():
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 16))
+    before = training_flops(model, 5)
+    assert convert_to_float8(model, ["0", "1"], Float8Config(emulate=True, only_where_it_pays=False))
+    assert training_flops(model, 5) == before
 
 
 @pytest.mark.parametrize(
