@@ -20,6 +20,7 @@ WRITTEN_BY_LIBRARIES = frozenset(
         "MASTER_ADDR",
         "MASTER_PORT",
         "NODE_RANK",
+        "OMP_NUM_THREADS",
         "PL_GLOBAL_SEED",
         "PL_SEED_WORKERS",
         "PYTEST_CURRENT_TEST",
@@ -27,6 +28,7 @@ WRITTEN_BY_LIBRARIES = frozenset(
         "TORCHINDUCTOR_CACHE_DIR",
         "TRITON_CACHE_DIR",
         "WORLD_SIZE",
+        "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     }
 )
 
@@ -79,6 +81,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let pass what one library warns another of; every other warning stays an error."""
     # Lightning 2.6 asks torch's pytree by a name that torch 2.13 deprecates.
     config.addinivalue_line("filterwarnings", "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+    # torch 2.13 does all three itself while it compiles.
+    config.addinivalue_line("filterwarnings", "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*Function'> should not be instantiated:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -74,7 +74,9 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Floa
         out = out[: out.shape[0] - pad_m, : out.shape[1] - pad_n]
     if bias is not None:
         out = out + bias.to(dtype)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    # As in nn.Linear: no view, or in-place operations on the result would cost FSDP2 its backward hook.
+    result: Tensor = torch.ops.aten._unsafe_view(out.contiguous(), (*x.shape[:-1], out.shape[-1]))
+    return result
 
 
 class _Float8Matmul(torch.autograd.Function):

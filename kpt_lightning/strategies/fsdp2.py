@@ -1,5 +1,6 @@
 """KptFSDP2: Lightning's ModelParallelStrategy with fully_shard applied to an unmodified LightningModule."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from kpt_lightning.errors import ConfigError
 from kpt_lightning.optimize.blocks import decide_blocks
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.strategies.connector import Request
@@ -104,7 +106,11 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, plan: Plan 
         mesh: One-dimensional.
         device: Where this rank computes.
         plan: Under a mixed precision bf16 is gathered, fp32 kept in the shards and reduced.
+
+    Raises:
+        ConfigError: Manual optimization, and a parameter that no one submodule owns.
     """
+    roots = _roots(module)
     _broadcast(module, mesh, device)
     # Autocast on a CPU cannot mix bf16 norm weights with fp32 inputs, on CUDA it does.
     mixed = plan is not None and plan.precision in ("fp8", "bf16-mixed") and device.type == "cuda"
@@ -117,10 +123,30 @@ def shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, plan: Plan 
     blocks = dict(module.named_modules())
     for decision in decide_blocks(module):
         fully_shard(blocks[decision.subject], mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    for root in roots:
+        if not isinstance(root, FSDPModule):
+            fully_shard(root, mesh=mesh, mp_policy=policy)
     for name in _STEPS:
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)
+
+
+def _roots(module: nn.Module) -> list[nn.Module]:
+    """What the parameters outside of blocks are sharded with.
+
+    Gradients are reduced through the output of a root's forward. A ``training_step`` that runs backward itself ends
+    too late for that, so its submodules are the roots.
+    """
+    if getattr(module, "automatic_optimization", True):
+        return [module]
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    owned = Counter(id(parameter) for child in children for parameter in set(child.parameters()))
+    for name, parameter in module.named_parameters():
+        if owned[id(parameter)] != 1:
+            rule = f"with FSDP2 each parameter must belong to one submodule; {name!r} has {owned[id(parameter)]}"
+            next_step = "Move it into one nn.Module whose forward uses it, or use DDP"
+            raise ConfigError("automatic_optimization", False, rule, next_step)
+    return children
 
 
 def _broadcast(module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.strategies.connector import Request
@@ -16,10 +17,26 @@ class TrainerLeaf(KptLeaf):
     """What the Trainer's leaves share."""
 
     def setup(self, trainer: Any) -> None:
-        """Lightning's setup; the precision plugin converts and compiles before anything is wrapped."""
+        """Lightning's setup; the precision plugin converts and compiles before anything is wrapped.
+
+        Raises:
+            ConfigError: A parameter has no data yet.
+        """
+        self._refuse_meta()
         self._start_engine(self.model)  # type: ignore[attr-defined]
         super().setup(trainer)  # type: ignore[misc]
         self._report()
+
+    def _refuse_meta(self) -> None:
+        module: nn.Module = self.model  # type: ignore[attr-defined]
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                # Lightning's teardown would move the module to the CPU, which fails and hides this error.
+                vars(self)["_lightning_module"] = None
+                raise ConfigError(
+                    "model", name, "is on the meta device, and one device or DDP needs its data",
+                    "Make the weights in configure_model, load them, or use KptStrategy(parallel='fsdp2')",
+                )  # fmt: skip
 
     def teardown(self) -> None:
         """Lightning's teardown, then everything that was done to the module is undone, whatever happened."""

@@ -20,6 +20,7 @@ from kpt_lightning.strategies.fabric import KptFabricDDP, KptFabricFSDP2, KptFab
 from kpt_lightning.strategies.fsdp2 import KptFSDP2
 from kpt_lightning.strategies.leaf import ConfigSource
 from kpt_lightning.strategies.leaves import KptDDP, KptSingleDevice
+from kpt_lightning.versions import check_versions
 
 _TRAINER_LEAVES: dict[str, Any] = {"single": KptSingleDevice, "ddp": KptDDP, "fsdp2": KptFSDP2}
 _FABRIC_LEAVES: dict[str, Any] = {"single": KptFabricSingleDevice, "ddp": KptFabricDDP, "fsdp2": KptFabricFSDP2}
@@ -52,7 +53,9 @@ class KptStrategy(Strategy):
 
         Raises:
             ConfigError: A setting is unknown, of the wrong type, or contradicts another one.
+            MissingDependencyError: Lightning or torch is of a version that was not tried.
         """
+        check_versions()
         self.config = KptConfig.build(
             config,
             level=level,
