@@ -31,6 +31,17 @@ Switch = Literal["auto"] | bool
 HEAD_PATTERNS = ("*lm_head", "*head", "*classifier", "*score", "*embed_out", "*output_projection")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own loader keeps the last of two equal keys and drops the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError where a key stands twice."""
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -133,21 +144,31 @@ class KptConfig(_Section):
         """
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except OSError as error:
             raise ConfigError("config", str(path), f"cannot be read ({error.strerror})", "Check the path") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError("config", str(path), f"is no YAML: {error}", "Correct the file") from error
         if not isinstance(data, dict | None):
             raise ConfigError("config", str(path), "must hold a mapping of settings", "Write 'key: value' lines")
         return cls.build(data)
 
-    def to_yaml(self, path: str | Path | None = None) -> str:
-        """The settings as YAML text, also written to ``path`` when it is given. Unset fields stay unset."""
-        text = yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    def to_yaml(self, path: str | Path | None = None, *, unset: bool = False) -> str:
+        """The settings as YAML text.
+
+        Args:
+            path: The text is also written there.
+            unset: Write the defaults of fields that were not set, too.
+        """
+        text = yaml.safe_dump(self.model_dump(mode="json", exclude_unset=not unset), sort_keys=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors: https://json-schema.org/draft/2020-12/schema."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **KptConfig.model_json_schema()}
 
 
 def _contradiction(field: str, rule: str, next_step: str) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from kpt_lightning import __version__
+from kpt_lightning.cli.config import config
 from kpt_lightning.cli.doctor import doctor
 from kpt_lightning.errors import KptError
 
@@ -15,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(config)
 app.command()(doctor)
 
 
