@@ -1,8 +1,9 @@
-"""A causal language model of a Llama shape in a plain LightningModule, and its data. Nothing here knows kpt_lightning."""
+"""A causal language model of a Llama shape in a plain LightningModule, and its data. Knows nothing of kpt_lightning."""
 
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,14 +26,14 @@ SHAPES = {
 class CausalLM(LightningModule):
     """What a user writes: a transformers model, its own loss, AdamW."""
 
-    def __init__(self, shape: str, learning_rate: float, vocab_size: int | None = None) -> None:
+    def __init__(self, shape: str, learning_rate: float, vocab_size: int | None = None, warmup: int = 0) -> None:
         super().__init__()
         settings = dict(SHAPES[shape], max_position_embeddings=131072, use_cache=False)
         if vocab_size is not None:
             settings["vocab_size"] = vocab_size
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             self.model = LlamaForCausalLM(LlamaConfig(**settings))
-        self.learning_rate = learning_rate
+        self.learning_rate, self.warmup = learning_rate, warmup
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         return self.model(input_ids=batch, labels=batch).loss
@@ -40,9 +41,15 @@ class CausalLM(LightningModule):
     def validation_step(self, batch: torch.Tensor, index: int) -> None:
         self.log("held_out_loss", self.model(input_ids=batch, labels=batch).loss, batch_size=batch.shape[0])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         fused = torch.cuda.is_available()
-        return torch.optim.AdamW(self.parameters(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+        optimizer = torch.optim.AdamW(
+            self.parameters(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=fused
+        )
+        if not self.warmup:
+            return optimizer
+        rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rise, "interval": "step"}}
 
 
 class Tokens(Dataset[torch.Tensor]):

@@ -1,6 +1,6 @@
 """Train one variant in this process and write what was measured as JSON. Driven by bench_foundation.py.
 
-    python benchmarks/train_variant.py --variant kpt --shape 1b --batch 4 --length 4096 --steps 30 --out kpt.json
+python benchmarks/train_variant.py --variant kpt --shape 1b --batch 4 --length 4096 --steps 30 --out kpt.json
 """
 
 import argparse
@@ -19,11 +19,11 @@ from llama import SHAPES, CausalLM, random_loader, text_loaders
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "plain-compiled-blocks": None,
+    "torchao-bf16-true": None,
     "kpt": {},
     "kpt-rowwise": {"precision": "fp8", "float8": {"recipe": "rowwise"}},
     "kpt-rowwise_with_gw_hp": {"precision": "fp8", "float8": {"recipe": "rowwise_with_gw_hp"}},
     "kpt-bf16-mixed": {"precision": "bf16-mixed"},
-    "kpt-no-loss": {"compile": {"loss": False}},
 }
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     seed_everything(options.seed)
     torch.set_float32_matmul_precision("high")
     vocab_size = options.vocab_size or SHAPES[options.shape]["vocab_size"]
-    module = CausalLM(options.shape, options.learning_rate, vocab_size)
+    module = CausalLM(options.shape, options.learning_rate, vocab_size, options.warmup)
     held_out = None
     if options.text is None:
         loader = random_loader(vocab_size, options.batch, options.length, options.steps)
@@ -120,10 +120,23 @@ def make_trainer(options: argparse.Namespace, module: CausalLM, clock: Clock) ->
             for block in module.model.model.layers:
                 block.compile()
         return Trainer(precision="bf16-mixed", callbacks=[clock], **common)
+    if options.variant == "torchao-bf16-true":
+        torchao_tensorwise(module)
+        return Trainer(precision="bf16-true", callbacks=[clock], **common)
     from kpt_lightning import KptStrategy, RegressionCallback
 
     callbacks = [clock] if options.no_callback else [clock, RegressionCallback(store=str(options.out) + ".sqlite")]
     return Trainer(strategy=KptStrategy(VARIANTS[options.variant]), callbacks=callbacks, **common)
+
+
+def torchao_tensorwise(module: CausalLM) -> None:
+    """The best peer known: FP8 linears of torchao, each block compiled, bf16 weights."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    convert_to_float8_training(module.model, config=config, module_filter_fn=lambda _, name: "lm_head" not in name)
+    for block in module.model.model.layers:
+        block.compile()
 
 
 def kernel_table(kernels: list[tuple[str, float]]) -> list[tuple[str, int, float]]:
@@ -156,6 +169,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--warmup", type=int, default=0, help="steps of linear learning rate warm-up")
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--text", type=Path, help="where token ids of real text are kept; random tokens without it")
     parser.add_argument("--held-out", type=int, default=20)
