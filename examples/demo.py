@@ -1,6 +1,7 @@
 """Fine-tune SmolLM2-135M with LoRA on this machine and say how it went. Run: make demo.
 
-About four minutes on two CPU cores. A second run compares itself with the first, whose record is in .kpt/runs.sqlite.
+About three minutes on two CPU cores that do nothing else. A second run compares itself with the first, whose record
+is in .kpt/runs.sqlite.
 """
 
 import argparse

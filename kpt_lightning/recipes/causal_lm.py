@@ -73,7 +73,7 @@ def smollm2_lora(**changes: object) -> FineTuneConfig:
         if name not in known:
             raise ConfigError(name, changes[name], "it is no setting of this recipe", f"Known: {', '.join(known)}")
     config = FineTuneConfig(
-        steps=40,
+        steps=32,
         batch_size=2,
         sequence_length=256,
         held_out_sequences=16,
