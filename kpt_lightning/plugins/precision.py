@@ -100,8 +100,8 @@ class _EnginePrecision:
         return self.tensor_init_context()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast where the plan says so."""
-        return self.engine.autocast()
+        """Autocast where the plan says so; bf16 creates tensors in bf16, as Lightning's bf16-true does."""
+        return self.tensor_init_context() if self.precision == "bf16" else self.engine.autocast()
 
     def convert_input(self, data: Any) -> Any:
         """bf16 casts floating-point inputs as Lightning's bf16-true does; integers stay."""
@@ -131,8 +131,8 @@ class KptFabricPrecision(_EnginePrecision, FabricPrecision):  # type: ignore[mis
     """For ``lightning.fabric.Fabric(plugins=[KptFabricPrecision("fp8")])``."""
 
     def convert_output(self, data: Any) -> Any:
-        """Outputs of an autocast forward come back in the default dtype, as with Lightning's bf16-mixed."""
-        if self.precision not in ("fp8", "bf16-mixed"):
+        """Outputs come back in the default dtype, as with Lightning's bf16-mixed and bf16-true."""
+        if self.precision not in ("fp8", "bf16-mixed", "bf16"):
             return data
         return apply_to_collection(data, function=_convert_fp_tensor, dtype=Tensor, dst_type=torch.get_default_dtype())
 
