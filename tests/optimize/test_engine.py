@@ -393,7 +393,6 @@ def test_on_a_gpu_as_many_fp8_kernels_run_as_calls_were_counted() -> None:
     started.stop()
 
 
-@pytest.mark.cuda
 @pytest.mark.sm89
 def test_on_a_gpu_a_profiler_of_the_users_makes_the_kernel_proof_a_rejection() -> None:
     model = nn.Sequential(nn.Linear(1024, 4096)).cuda()

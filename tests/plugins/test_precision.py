@@ -66,7 +66,8 @@ def loader() -> DataLoader[Any]:
 
 
 def fp8(recipe: str = "tensorwise", kind: Any = KptPrecision) -> Any:
-    return kind("fp8", float8={**EMULATED, "recipe": recipe})
+    device_type = "cpu" if kind is KptFabricPrecision else None  # Fabric does not tell it
+    return kind("fp8", float8={**EMULATED, "recipe": recipe}, device_type=device_type)
 
 
 def fit(plugin: Any = None, model: Regression | None = None, **settings: Any) -> tuple[Regression, Trainer]:
