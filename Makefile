@@ -27,7 +27,7 @@ demo: $(STAMP)  ## Fine-tune SmolLM2-135M on this machine; a second run compares
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: lint  ## Linter, type check, layer contracts, then the whole test suite
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP)  ## Linter, formatter, type check and layer contracts
 	$(BIN)/ruff check
