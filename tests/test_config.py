@@ -2,15 +2,18 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kpt_lightning.config import CompileConfig, Float8Config, KptConfig, Level, json_schema
 from kpt_lightning.errors import ConfigError
 
-SCHEMA = Path(__file__).parents[1] / "docs" / "kpt_config.schema.json"
+DOCS = Path(__file__).parents[1] / "docs"
+SCHEMA = DOCS / "kpt_config.schema.json"
 EXAMPLES: list[dict[str, Any]] = [
     {},
     {"level": "aggressive"},
@@ -160,3 +163,38 @@ def test_every_setting_of_an_example_is_in_the_schema(data: dict[str, Any]) -> N
             assert "enum" not in place or value in place["enum"]
 
     check(data, json_schema())
+
+
+def fenced(page: str, language: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_table_of_settings_has_every_setting_and_its_default() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (DOCS / "config.md").read_text(encoding="utf-8"), re.MULTILINE)
+    told = {name: default.strip("`") for name, default in rows}
+    known = yaml.safe_load(KptConfig().to_yaml(unset=True))
+    flat = {
+        f"{name}.{key}" if key else name: value
+        for name, section in known.items()
+        for key, value in (section.items() if isinstance(section, dict) else [("", section)])
+    }
+    assert list(told) == list(flat)
+    for name, default in told.items():
+        assert isinstance(flat[name], list) or yaml.safe_load(default) == flat[name], name
+
+
+def test_the_yaml_example_is_a_valid_file(tmp_path: Path) -> None:
+    (example,) = fenced("config.md", "yaml")
+    (tmp_path / "kpt.yaml").write_text(example)
+    config = KptConfig.from_yaml(tmp_path / "kpt.yaml")
+    assert (config.precision, config.float8.recipe) == ("fp8", "rowwise")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"compile": {"blocks": "yes"}}, {"precision": "bf16", "float8": {"recipe": "rowwise"}}], ids=str
+)
+def test_the_messages_shown_are_the_messages_raised(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KptConfig.build(settings)
+    assert f"{caught.value}\n" in (DOCS / "config.md").read_text(encoding="utf-8")
