@@ -87,8 +87,8 @@ def test_a_trainer_learns_in_fp8_as_it_does_in_bf16_and_proves_it(recipe: str) -
     assert model.losses != plain.losses
     assert model.kinds == {Float8Linear}
     assert model.dtypes == {(torch.float32, torch.bfloat16)}
-    proofs = trainer.precision_plugin.plan.proofs
-    assert [(proof.subject, bool(proof)) for proof in proofs] == [("fp8 calls", True), ("fp8 kernels", False)]
+    plan = trainer.precision_plugin.plan
+    assert [bool(each) for name in ("calls", "kernels") for each in plan.explain(f"fp8 {name}")] == [True, False]
     assert trainer.precision == "fp8"
 
 
@@ -141,7 +141,7 @@ def test_one_plugin_serves_a_second_trainer_with_another_model() -> None:
     first, _ = fit(plugin)
     second, trainer = fit(plugin)
     assert first.losses == second.losses
-    assert len(trainer.precision_plugin.plan.proofs) == 2
+    assert len(trainer.precision_plugin.plan.explain("fp8 calls")) == 1
 
 
 def test_auto_follows_the_machine_and_compiles_nothing() -> None:
@@ -244,7 +244,7 @@ def test_fabric_learns_in_fp8_and_proves_it_after_the_first_step(recipe: str) ->
         losses.append(loss.item())
     plan = run.strategy.precision.plan
     assert losses[-1] < 0.8 * losses[0]
-    assert [bool(proof) for proof in plan.proofs] == [True, False]
+    assert [bool(each) for name in ("calls", "kernels") for each in plan.explain(f"fp8 {name}")] == [True, False]
     assert "2 layers" in plan.proofs[0].reason
     run.strategy.precision.teardown()
     assert type(model[0]) is nn.Linear

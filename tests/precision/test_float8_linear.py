@@ -295,9 +295,8 @@ def test_a_compiled_layer_gives_the_same_numbers(
 
 def test_a_second_derivative_raises_and_is_not_silently_wrong(float8: Any) -> None:
     layer, x = layer_of((64, 128), torch.float32, "cpu")
-    (grad,) = torch.autograd.grad(float8(layer)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(float8(layer)(x).square().sum(), x, create_graph=True)
 
 
 def test_a_wrong_number_of_features_raises(float8: Any) -> None:
