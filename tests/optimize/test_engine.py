@@ -331,16 +331,6 @@ def test_a_step_that_the_user_skipped_is_not_taken_for_a_fault() -> None:
     started.stop()
 
 
-def test_calls_are_not_counted_after_stop() -> None:
-    from kpt_lightning.precision import gemm
-
-    model, started = llama(), engine()
-    started.start(model, "cpu")
-    assert len(gemm._active) == 1
-    started.stop()
-    assert gemm._active == []
-
-
 def test_bf16_casts_the_weights_for_good_and_keeps_the_parameters() -> None:
     model, started = llama(), engine(precision="bf16", float8={})
     parameters = list(model.parameters())
