@@ -17,7 +17,7 @@ from kpt_lightning.optimize.loss import compile_loss, restore_loss
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.rules import check_explicit, make_plan, on_device
 from kpt_lightning.precision.convert import convert_to_float8, restore_linear
-from kpt_lightning.precision.evidence import check_calls, check_kernels
+from kpt_lightning.precision.evidence import check_calls, check_gradients, check_kernels
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 
 
@@ -133,7 +133,7 @@ class Engine:
         skipped = whole and result is None and not self._counts.total
         if not skipped:
             self._steps = 1
-            self.plan.proofs += check_calls(self._counts, self._layers)
+            self.plan.proofs += [*check_calls(self._counts, self._layers), *check_gradients(self._layers)]
             for proof in self.plan.proofs:
                 if not proof:
                     warnings.warn(f"kpt: {proof.reason}", stacklevel=2)

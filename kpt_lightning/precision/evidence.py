@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import VerificationError
@@ -55,6 +57,29 @@ def check_calls(counts: GemmCounts, layers: Sequence[nn.Linear]) -> list[Decisio
     return decisions
 
 
+def check_gradients(layers: Sequence[nn.Linear]) -> list[Decision]:
+    """Look for converted layers whose weight gradient is exactly zero after a backward pass.
+
+    A gradient that a compiler lost on its way looks so; that of a layer behind a weight that starts at zero too.
+    Reads one number for each layer; waits for the device once.
+
+    Args:
+        layers: The converted layers.
+
+    Returns:
+        Nothing where no gradient is there to look at, such as after ``zero_grad``.
+    """
+    gradients = [_local(layer.weight.grad) for layer in layers if layer.weight.grad is not None]
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return []
+    dead = int((torch.stack([gradient.abs().amax().float() for gradient in gradients]) == 0).sum())
+    if dead:
+        reason = f"{dead} of {len(gradients)} FP8 layers have a weight gradient of zeros after step 1"
+        return [Rejected("fp8 gradients", f"{reason}; right only behind a weight that starts at zero")]
+    return [Accepted("fp8 gradients", f"{len(gradients)} FP8 layers have a weight gradient that is not zero")]
+
+
 def fp8_kernels(names: Iterable[str]) -> list[str]:
     """Those of the CUDA kernel names that are FP8 GEMMs."""
     return [name for name in names if _KERNEL.search(name.lower()) and not name.lower().startswith(_NOT_GEMM)]
@@ -91,3 +116,8 @@ def _trains_in_fp8(layer: nn.Linear) -> bool:
 
 def _up(size: int) -> int:
     return size + -size % ALIGNMENT
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """The shard of this rank."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

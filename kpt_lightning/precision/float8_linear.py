@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kpt_lightning.precision.cast import to_float8
@@ -61,7 +60,7 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Floa
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # The GEMM reads both operands along K.
-    rows, weight = x.to(dtype).reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+    rows, weight = _row_major(x.to(dtype).reshape(-1, x.shape[-1])), _row_major(weight)
     if rows.shape[0] == 0:
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     pad_m, pad_k, pad_n = (-rows.shape[0] % ALIGNMENT, -rows.shape[1] % ALIGNMENT, -weight.shape[0] % ALIGNMENT)
@@ -74,9 +73,7 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Floa
         out = out[: out.shape[0] - pad_m, : out.shape[1] - pad_n]
     if bias is not None:
         out = out + bias.to(dtype)
-    # As in nn.Linear: no view, or in-place operations on the result would cost FSDP2 its backward hook.
-    result: Tensor = torch.ops.aten._unsafe_view(out.contiguous(), (*x.shape[:-1], out.shape[-1]))
-    return result
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class _Float8Matmul(torch.autograd.Function):
@@ -96,8 +93,10 @@ class _Float8Matmul(torch.autograd.Function):
         ).to(x.dtype)  # fmt: skip
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # Not once_differentiable: the compiler would trace its bookkeeping too.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("Float8Linear has no second derivative; call backward without create_graph=True")
         x, weight = ctx.saved_tensors
         settings: Float8Settings = ctx.settings
         grad = grads[0].contiguous()
@@ -138,6 +137,10 @@ def _grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype, settings: Float8Se
 def _written(dtype: torch.dtype, recipe: Recipe) -> torch.dtype:
     """What the kernel writes: rowwise kernels write bf16 only, tensorwise ones also the fp32 gradient."""
     return torch.bfloat16 if recipe.rowwise else dtype
+
+
+def _row_major(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _column_major(x: Tensor) -> Tensor:
