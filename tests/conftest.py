@@ -27,6 +27,7 @@ WRITTEN_BY_LIBRARIES = frozenset(
         "RANK",
         "TORCHINDUCTOR_CACHE_DIR",
         "TRITON_CACHE_DIR",
+        "TRITON_PTXAS_PATH",
         "WORLD_SIZE",
         "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     }

@@ -71,6 +71,8 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Floa
     out: Tensor = _Float8Matmul.apply(rows, weight, settings)  # type: ignore[no-untyped-call]
     if pad_m or pad_n:
         out = out[: out.shape[0] - pad_m, : out.shape[1] - pad_n]
+    if out.dtype != dtype:
+        out = out.to(dtype)
     if bias is not None:
         out = out + bias.to(dtype)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
@@ -90,7 +92,7 @@ class _Float8Matmul(torch.autograd.Function):
         return float8_gemm(
             x8, w8.t(), x_scale, w_scale.reshape(1, -1) if recipe.rowwise else w_scale,
             out_dtype=_written(x.dtype, recipe), fast_accum=True, emulate=settings.emulate, role="output",
-        ).to(x.dtype)  # fmt: skip
+        )  # fmt: skip
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
