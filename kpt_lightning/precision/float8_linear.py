@@ -89,6 +89,8 @@ class _Float8Matmul(torch.autograd.Function):
         axis = -1 if recipe.rowwise else None
         x8, x_scale = to_float8(x, E4M3, axis=axis, power_of_two=recipe.power_of_two_scales)
         w8, w_scale = to_float8(weight, E4M3, axis=axis, power_of_two=recipe.power_of_two_scales)
+        # Nothing may follow the GEMM here, not even a cast that changes nothing: torch 2.11 compiles a forward that
+        # ends so without its gradient.
         return float8_gemm(
             x8, w8.t(), x_scale, w_scale.reshape(1, -1) if recipe.rowwise else w_scale,
             out_dtype=_written(x.dtype, recipe), fast_accum=True, emulate=settings.emulate, role="output",
