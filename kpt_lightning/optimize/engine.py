@@ -13,6 +13,7 @@ from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import KptError
 from kpt_lightning.hardware import HardwareProfile, detect
 from kpt_lightning.optimize.blocks import compile_blocks, restore_blocks
+from kpt_lightning.optimize.graphs import GraphCounts, check_graphs
 from kpt_lightning.optimize.loss import compile_loss, restore_loss
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.rules import check_explicit, make_plan, on_device
@@ -42,6 +43,7 @@ class Engine:
         self._undo = ExitStack()
         self._model: nn.Module | None = None
         self._counts: GemmCounts | None = None
+        self._graphs: GraphCounts | None = None
         self._layers: list[nn.Linear] = []
         self._device_type = "cpu"
         self._steps = 0
@@ -85,6 +87,7 @@ class Engine:
             self._layers = convert_to_float8(model, plan.float8_layers, self.config.float8)
             undo.callback(restore_linear, self._layers)
             undo.callback(restore_blocks, compile_blocks(model, plan.compiled_blocks))
+            self._graphs = GraphCounts.now() if plan.compiled_blocks else None
             if plan.accepts("compile loss"):
                 undo.callback(restore_loss, compile_loss(model))
             if self._layers:
@@ -105,7 +108,7 @@ class Engine:
         self._undo.close()
 
     def _forget(self) -> None:
-        self._model, self._counts, self._layers = None, None, []
+        self._model, self._counts, self._graphs, self._layers = None, None, None, []
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of a forward pass."""
@@ -124,20 +127,30 @@ class Engine:
         Raises:
             VerificationError: Something planned did not run.
         """
-        if self._counts is None or self._steps > 1 or self.plan is None:
+        if self.plan is None or self._steps > 1:
             return run()
         if self._steps == 1:
             self._steps = 2
-            return self._profiled(run, whole)
+            return run() if self._counts is None else self._profiled(run, whole)
         result = run()
-        skipped = whole and result is None and not self._counts.total
+        skipped = whole and result is None and (self._counts is None or not self._counts.total)
         if not skipped:
             self._steps = 1
-            self.plan.proofs += [*check_calls(self._counts, self._layers), *check_gradients(self._layers)]
-            for proof in self.plan.proofs:
+            for proof in self._proofs():
+                self.plan.proofs.append(proof)
                 if not proof:
                     warnings.warn(f"kpt: {proof.reason}", stacklevel=2)
         return result
+
+    def _proofs(self) -> list[Decision]:
+        """What the first step showed."""
+        assert self.plan is not None
+        proofs: list[Decision] = []
+        if self._counts is not None:
+            proofs += [*check_calls(self._counts, self._layers), *check_gradients(self._layers)]
+        if self._graphs is not None:
+            proofs += check_graphs(self._graphs, len(self.plan.compiled_blocks))
+        return proofs
 
     def _profiled(self, run: Callable[[], Any], whole: bool) -> Any:
         assert self.plan is not None

@@ -1,0 +1,46 @@
+"""Proof of compilation: the graphs that torch.compile made since a moment, and where it gave up."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from torch._dynamo.utils import counters
+
+from kpt_lightning.decision import Accepted, Decision, Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class GraphCounts:
+    """What torch.compile had done in this process so far.
+
+    Attributes:
+        graphs: Graphs captured.
+        breaks: Places where a graph broke and Python ran instead.
+    """
+
+    graphs: int
+    breaks: int
+
+    @classmethod
+    def now(cls) -> Self:
+        """Read torch's own counters."""
+        return cls(graphs=counters["stats"]["unique_graphs"], breaks=sum(counters["graph_break"].values()))
+
+
+def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
+    """What was compiled since ``before``.
+
+    Args:
+        before: Read when the blocks were marked for compilation.
+        blocks: How many were.
+
+    Returns:
+        Nothing where no graph is new: compiled before in this process, or not run.
+    """
+    now = GraphCounts.now()
+    graphs, breaks = now.graphs - before.graphs, now.breaks - before.breaks
+    if breaks:
+        reason = f"{breaks} graph breaks in {graphs} graphs of {blocks} blocks; TORCH_LOGS=graph_breaks names them"
+        return [Rejected("whole graphs", reason)]
+    if not graphs:
+        return []
+    return [Accepted("whole graphs", f"{graphs} graphs for {blocks} blocks, without a break, by the end of step 1")]
