@@ -123,14 +123,13 @@ class RegressionCallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not trainer.is_global_zero or _is_rehearsal(trainer):
             return
-        plan = getattr(trainer.strategy, "plan", None)
         info = RunInfo(
             name=self.name or type(pl_module).__name__,
             precision=str(trainer.precision),
             strategy=type(trainer.strategy).__name__,
             device_count=trainer.world_size,
             config=self.config,
-            plan=None if plan is None else plan.to_dict(),
+            plan=_plan(trainer),
             resumed_from=self._resumed_from,
         )
         self._recorder = RunRecorder(
@@ -190,7 +189,7 @@ class RegressionCallback(Callback):
         recorder = self._take_recorder()
         if recorder is not None:
             recorder.stop()
-            self.record = recorder.finish("finished")
+            self.record = recorder.finish("finished", _plan(trainer))
         if self.record is not None:
             self._conclude(trainer, self.record)
         if self.on_regression == "fail":
@@ -257,6 +256,12 @@ class RegressionCallback(Callback):
             self._verdict = comparison.regressions
         elif self.on_regression == "warn":
             warnings.warn(f"kpt: {'; '.join(comparison.regressions)}", RegressionWarning, stacklevel=2)
+
+
+def _plan(trainer: "pl.Trainer") -> dict[str, Any] | None:
+    """As it is now: the first steps add what they proved."""
+    plan = getattr(trainer.strategy, "plan", None)
+    return None if plan is None else plan.to_dict()
 
 
 def _is_rehearsal(trainer: "pl.Trainer") -> bool:

@@ -71,8 +71,6 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Floa
     out: Tensor = _Float8Matmul.apply(rows, weight, settings)  # type: ignore[no-untyped-call]
     if pad_m or pad_n:
         out = out[: out.shape[0] - pad_m, : out.shape[1] - pad_n]
-    if out.dtype != dtype:
-        out = out.to(dtype)
     if bias is not None:
         out = out + bias.to(dtype)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
@@ -89,11 +87,10 @@ class _Float8Matmul(torch.autograd.Function):
         axis = -1 if recipe.rowwise else None
         x8, x_scale = to_float8(x, E4M3, axis=axis, power_of_two=recipe.power_of_two_scales)
         w8, w_scale = to_float8(weight, E4M3, axis=axis, power_of_two=recipe.power_of_two_scales)
-        # Nothing may follow the GEMM here, not even a cast that changes nothing: torch 2.11 compiles a forward that
-        # ends so without its gradient.
+        # Nothing may follow the GEMM here, no cast either: torch 2.11 compiles such a forward without its gradient.
         return float8_gemm(
             x8, w8.t(), x_scale, w_scale.reshape(1, -1) if recipe.rowwise else w_scale,
-            out_dtype=_written(x.dtype, recipe), fast_accum=True, emulate=settings.emulate, role="output",
+            out_dtype=x.dtype, fast_accum=True, emulate=settings.emulate, role="output",
         )  # fmt: skip
 
     @staticmethod
@@ -120,8 +117,8 @@ def _grad_input(grad: Tensor, weight: Tensor, settings: Float8Settings) -> Tenso
         w_scale = w_scale.expand(1, weight.shape[1]).contiguous()
     return float8_gemm(
         g8, _column_major(w8), g_scale, w_scale,
-        out_dtype=_written(grad.dtype, recipe), fast_accum=False, emulate=settings.emulate, role="grad_input",
-    ).to(grad.dtype)  # fmt: skip
+        out_dtype=grad.dtype, fast_accum=False, emulate=settings.emulate, role="grad_input",
+    )  # fmt: skip
 
 
 def _grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype, settings: Float8Settings) -> Tensor:
@@ -134,13 +131,8 @@ def _grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype, settings: Float8Se
     x8, x_scale = to_float8(x, E4M3, axis=axis, power_of_two=power_of_two)
     return float8_gemm(
         g8.t().contiguous(), _column_major(x8), g_scale.reshape(-1, 1) if recipe.rowwise else g_scale, x_scale,
-        out_dtype=_written(dtype, recipe), fast_accum=False, emulate=settings.emulate, role="grad_weight",
-    ).to(dtype)  # fmt: skip
-
-
-def _written(dtype: torch.dtype, recipe: Recipe) -> torch.dtype:
-    """What the kernel writes: rowwise kernels write bf16 only, tensorwise ones also the fp32 gradient."""
-    return torch.bfloat16 if recipe.rowwise else dtype
+        out_dtype=dtype, fast_accum=False, emulate=settings.emulate, role="grad_weight",
+    )  # fmt: skip
 
 
 def _row_major(x: Tensor) -> Tensor:

@@ -61,12 +61,14 @@ def _run(
         counts.emulated += emulate
     # Autocast reaches the inside of an operator, and on a CPU both ways of multiplying would run in bf16.
     with nullcontext() if a.is_cuda and not emulate else torch.autocast(a.device.type, enabled=False):
+        # Rowwise kernels write bf16 only; tensorwise ones also fp32, which spares the weight gradient a pass.
+        written = out_dtype if scale_a.numel() == 1 else torch.bfloat16
         if emulate:
             # FP8 values are exact in TF32, scaled ones are not: the scales come after the product, as in the kernels.
-            return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+            return ((a.float() @ b.float()) * scale_a * scale_b).to(written).to(out_dtype)
         return torch._scaled_mm(
-            a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accum
-        )  # fmt: skip
+            a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=written, use_fast_accum=fast_accum
+        ).to(out_dtype)  # fmt: skip
 
 
 def _shape(
@@ -113,7 +115,7 @@ def float8_gemm(
         b: (K, N), FP8, column-major.
         scale_a: fp32 scalar, or (M, 1).
         scale_b: fp32 scalar, or (1, N); of the kind of ``scale_a``.
-        out_dtype: dtype of the result.
+        out_dtype: dtype of the result. A rowwise product is rounded to bf16 first, which is all its kernels write.
         fast_accum: Accumulate in the tensor core's own precision; for the output GEMM.
         emulate: Multiply in fp32 instead of ``torch._scaled_mm``.
         role: output, grad_input or grad_weight; for the count.

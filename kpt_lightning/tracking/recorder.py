@@ -150,8 +150,13 @@ class RunRecorder:
         self._series.add(self.timer.finish() if wait else self.timer.drain())
         self._memory = peak_memory(self.device)
 
-    def finish(self, status: str = "finished") -> RunRecord | None:
-        """The record, None where no step was measured. A run that did not finish has no losses: none are fetched."""
+    def finish(self, status: str = "finished", plan: Mapping[str, Any] | None = None) -> RunRecord | None:
+        """The record, None where no step was measured. A run that did not finish has no losses: none are fetched.
+
+        Args:
+            status: "finished", "failed" or "interrupted".
+            plan: The plan with what was proved since the start; None keeps that of :class:`RunInfo`.
+        """
         steady, warmup = self._series.steady()
         if not steady:
             return None
@@ -182,7 +187,7 @@ class RunRecorder:
             loss_finite=finite,
             details={**details, **self._facts(), "config": config},
             notes=notes,
-            plan=self.info.plan,
+            plan=self.info.plan if plan is None else plan,
         )
 
     def _facts(self) -> dict[str, Any]:
