@@ -1,8 +1,7 @@
 """The plan: one object that says what is done to a model and why, and what was proved to have run."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
@@ -114,15 +113,25 @@ def _accepted(decisions: Sequence[Decision]) -> list[str]:
 
 
 def _grouped(title: str, decisions: Sequence[Decision]) -> list[tuple[str, Decision]]:
-    """Layers of the same name but for numbers, with the same verdict and reason, as one row."""
-    counts: Counter[tuple[str, bool, str]] = Counter()
-    first: dict[tuple[str, bool, str], Decision] = {}
+    """Layers of like verdict and reason as one row, with their number, the ends of their names and their shapes."""
+    groups: dict[tuple[bool, str], list[tuple[Decision, str]]] = {}
     for decision in decisions:
-        pattern = ".".join("*" if part.isdigit() else part for part in decision.subject.split("."))
-        key = (pattern, bool(decision), decision.reason)
-        counts[key] += 1
-        first.setdefault(key, decision)
-    return [(f"{title} {key[0]}" + (f" ({count})" if count > 1 else ""), first[key]) for key, count in counts.items()]
+        shape, _, reason = decision.reason.partition(": ")
+        groups.setdefault((bool(decision), reason), []).append((decision, shape))
+    rows: list[tuple[str, Decision]] = []
+    for (_, reason), members in groups.items():
+        names = dict.fromkeys(_end_of_name(decision.subject) for decision, _ in members)
+        shapes = ", ".join(dict.fromkeys(shape for _, shape in members))
+        why = f"{reason} ({shapes})" if reason else shapes
+        plural = "s" if len(members) > 1 else ""
+        what = f"{len(members)} {title}{plural}: {', '.join(names)}"
+        rows.append((what, replace(members[0][0], reason=why)))
+    return rows
+
+
+def _end_of_name(name: str) -> str:
+    """The last two parts, numbers as stars: ``layers.3.mlp.up_proj`` is ``mlp.up_proj``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split(".")[-2:])
 
 
 def _row(table: Table, what: str, decision: Decision) -> None:
