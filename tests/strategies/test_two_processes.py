@@ -112,8 +112,8 @@ def test_fabric_trains_to_the_weights_of_one_process(run: Any, parallel: str) ->
 
 
 def test_torchrun_starts_it_and_auto_is_ddp(tmp_path: Path) -> None:
-    two = launch(tmp_path, "--api", "fabric", torchrun=True)
-    assert (two["strategy"], two["world_size"]) == ("KptFabricDDP", 2)
+    two = launch(tmp_path, torchrun=True)
+    assert (two["strategy"], two["world_size"]) == ("KptDDP", 2)
 
 
 @pytest.mark.multi_gpu
