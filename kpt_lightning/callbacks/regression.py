@@ -260,7 +260,7 @@ class RegressionCallback(Callback):
 
 def _plan(trainer: "pl.Trainer") -> dict[str, Any] | None:
     """As it is now: the first steps add what they proved."""
-    plan = getattr(trainer.strategy, "plan", None)
+    plan = getattr(trainer.strategy, "plan", None) or getattr(trainer.precision_plugin, "plan", None)
     return None if plan is None else plan.to_dict()
 
 

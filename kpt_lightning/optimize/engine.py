@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from kpt_lightning.config import KptConfig
-from kpt_lightning.decision import Decision, Rejected
+from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import KptError
 from kpt_lightning.hardware import HardwareProfile, detect
 from kpt_lightning.optimize.blocks import compile_blocks, restore_blocks
 from kpt_lightning.optimize.graphs import GraphCounts, check_graphs
 from kpt_lightning.optimize.loss import compile_loss, restore_loss
 from kpt_lightning.optimize.plan import Plan
-from kpt_lightning.optimize.rules import check_explicit, make_plan, on_device
+from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
 from kpt_lightning.precision.convert import convert_to_float8, restore_linear
 from kpt_lightning.precision.evidence import check_calls, check_gradients, check_kernels
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
@@ -27,7 +27,8 @@ class Engine:
 
     Attributes:
         config: The settings.
-        parallel: single, ddp or fsdp2; set by the strategy that binds it.
+        parallel: single, ddp or fsdp2, set by the strategy that binds it; None beside a strategy of Lightning's.
+        why_parallel: The reason for it.
         plan: None until :meth:`start`, then the plan of the last model, also after :meth:`stop`.
     """
 
@@ -38,24 +39,26 @@ class Engine:
             config: The settings.
         """
         self.config = config
-        self.parallel = "single"
+        self.parallel: str | None = None
+        self.why_parallel = ASKED
         self.plan: Plan | None = None
-        self._undo = ExitStack()
+        self._undo, self._counting = ExitStack(), ExitStack()
         self._model: nn.Module | None = None
         self._counts: GemmCounts | None = None
         self._graphs: GraphCounts | None = None
         self._layers: list[nn.Linear] = []
         self._device_type = "cpu"
         self._steps = 0
+        self._training = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and plan only: what is applied belongs to live modules."""
-        return {"config": self.config, "parallel": self.parallel, "plan": self.plan}
+        return {"config": self.config, "parallel": (self.parallel, self.why_parallel), "plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """An engine that has not started."""
         self.__init__(state["config"])  # type: ignore[misc]
-        self.parallel, self.plan = state["parallel"], state["plan"]
+        (self.parallel, self.why_parallel), self.plan = state["parallel"], state["plan"]
 
     def check(self, device_type: str) -> None:
         """Refuse what this machine cannot do, before a model is there. Raises as ``check_explicit``."""
@@ -81,7 +84,8 @@ class Engine:
         self.stop()
         profile: HardwareProfile = on_device(detect(), device_type)
         self._device_type = device_type
-        plan = make_plan(model, self.config, profile, parallel=self.parallel, given_precision=given_precision)
+        parallel = None if self.parallel is None else Accepted(f"parallel {self.parallel}", self.why_parallel)
+        plan = make_plan(model, self.config, profile, parallel=parallel, given_precision=given_precision)
         with ExitStack() as undo:
             undo.callback(self._forget)
             self._layers = convert_to_float8(model, plan.float8_layers, self.config.float8)
@@ -91,12 +95,13 @@ class Engine:
             if plan.accepts("compile loss"):
                 undo.callback(restore_loss, compile_loss(model))
             if self._layers:
-                self._counts = undo.enter_context(count_gemms())
+                self._counts = self._counting.enter_context(count_gemms())
+                undo.callback(self._counting.close)
             # Last, because rounding cannot be undone.
             if plan.precision == "bf16":
                 model.to(torch.bfloat16)
             self._undo = undo.pop_all()
-        self._steps = 0
+        self._steps, self._training = 0, False
         self._model, self.plan = model, plan
         return plan
 
@@ -117,6 +122,13 @@ class Engine:
             return torch.autocast(self._device_type, dtype=torch.bfloat16)
         return nullcontext()
 
+    def training_starts(self) -> None:
+        """Called before each training step; the first call forgets what a sanity validation ran."""
+        if self._counts is not None and not self._training:
+            self._counts.calls.clear()
+            self._counts.emulated = 0
+        self._training = True
+
     def step(self, run: Callable[[], Any], *, whole: bool) -> Any:
         """Run one optimizer step; the first ones are checked against the plan.
 
@@ -131,7 +143,10 @@ class Engine:
             return run()
         if self._steps == 1:
             self._steps = 2
-            return run() if self._counts is None else self._profiled(run, whole)
+            try:
+                return run() if self._counts is None else self._profiled(run, whole)
+            finally:
+                self._counting.close()
         result = run()
         skipped = whole and result is None and (self._counts is None or not self._counts.total)
         if not skipped:
@@ -147,7 +162,10 @@ class Engine:
         assert self.plan is not None
         proofs: list[Decision] = []
         if self._counts is not None:
-            proofs += [*check_calls(self._counts, self._layers), *check_gradients(self._layers)]
+            proofs += check_calls(self._counts, self._layers)
+            # Layers that did not run have no gradient, and were named already.
+            if all(proofs):
+                proofs += check_gradients(self._layers)
         if self._graphs is not None:
             proofs += check_graphs(self._graphs, len(self.plan.compiled_blocks))
         return proofs

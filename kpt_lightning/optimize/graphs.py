@@ -27,7 +27,7 @@ class GraphCounts:
 
 
 def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
-    """What was compiled since ``before``.
+    """What this process compiled since ``before``: the blocks, the loss, and what the user compiles.
 
     Args:
         before: Read when the blocks were marked for compilation.
@@ -39,8 +39,8 @@ def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
     now = GraphCounts.now()
     graphs, breaks = now.graphs - before.graphs, now.breaks - before.breaks
     if breaks:
-        reason = f"{breaks} graph breaks in {graphs} graphs of {blocks} blocks; TORCH_LOGS=graph_breaks names them"
+        reason = f"{breaks} graph breaks in {graphs} graphs beside {blocks} blocks; TORCH_LOGS=graph_breaks names them"
         return [Rejected("whole graphs", reason)]
     if not graphs:
         return []
-    return [Accepted("whole graphs", f"{graphs} graphs for {blocks} blocks, without a break, by the end of step 1")]
+    return [Accepted("whole graphs", f"{graphs} graphs for {blocks} blocks and what else is compiled, without a break")]

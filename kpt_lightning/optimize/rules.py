@@ -8,7 +8,7 @@ from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
-from kpt_lightning.optimize.blocks import decide_blocks
+from kpt_lightning.optimize.blocks import decide_blocks, is_compiled
 from kpt_lightning.optimize.loss import decide_loss
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.precision.convert import decide_layers, float8_available
@@ -39,7 +39,12 @@ def check_explicit(config: KptConfig, profile: HardwareProfile) -> None:
 
 
 def make_plan(
-    model: nn.Module, config: KptConfig, profile: HardwareProfile, *, parallel: str, given_precision: str | None = None
+    model: nn.Module,
+    config: KptConfig,
+    profile: HardwareProfile,
+    *,
+    parallel: Accepted | None,
+    given_precision: str | None = None,
 ) -> Plan:
     """Decide everything for one model.
 
@@ -47,17 +52,19 @@ def make_plan(
         model: On any device; not changed.
         config: The user's settings.
         profile: Of the devices that this run uses; see :func:`on_device`.
-        parallel: single, ddp or fsdp2.
+        parallel: The decision, such as "parallel ddp"; None beside a strategy of Lightning's.
         given_precision: The trainer's own precision plugin stays in charge; its name.
 
     Raises:
-        UnsupportedHardwareError: As :func:`check_explicit`.
+        UnsupportedHardwareError: As :func:`check_explicit`, or a compilation that was asked for is impossible.
     """
     check_explicit(config, profile)
-    plan = Plan(config=config, device=profile.primary.name, precision="32", parallel=parallel)
-    plan.choices.append(Accepted(f"parallel {parallel}", ASKED if config.parallel == parallel else "by device count"))
+    name = "the trainer's strategy" if parallel is None else parallel.subject.removeprefix("parallel ")
+    plan = Plan(config=config, device=profile.primary.name, precision="32", parallel=name)
+    if parallel is not None:
+        plan.choices.append(parallel)
     plan.blocks = decide_blocks(model)
-    blocks = _compile_blocks(plan, profile)
+    blocks = _compile_blocks(plan, model, profile)
     if not blocks:
         plan.blocks = _unused(plan.blocks, "blocks are not compiled")
     _choose_precision(plan, model, profile, bool(blocks), given_precision)
@@ -84,6 +91,8 @@ def _choose_precision(
     else:
         plan.precision = asked
     reason = ASKED if asked == plan.precision else "chosen for this hardware"
+    if asked in ("bf16", "bf16-mixed") and not (unit := profile.supports("bf16")):
+        reason += f", though it is slow here: {unit.reason}"
     masters = {"fp8": "; fp32 master weights, bf16 autocast", "bf16-mixed": "; fp32 master weights"}
     plan.choices.append(Accepted(f"precision {plan.precision}", reason + masters.get(plan.precision, "")))
 
@@ -138,20 +147,31 @@ def _without_float8(plan: Plan, profile: HardwareProfile) -> str:
     return "bf16-mixed" if verdict else "32"
 
 
-def _compile_blocks(plan: Plan, profile: HardwareProfile) -> Decision:
+def _compile_blocks(plan: Plan, model: nn.Module, profile: HardwareProfile) -> Decision:
     asked = plan.config.compile.blocks
     found = sum(1 for block in plan.blocks if block)
     verdict = _compile("compile blocks", asked, profile)
     if not verdict:
         return verdict
     if not found:
-        return Rejected("compile blocks", "the model has no repeated blocks that are not compiled yet")
+        if any(is_compiled(module) for module in model.modules()):
+            return Rejected("compile blocks", "the user compiled already what there is")
+        return _refused(asked, Rejected("compile blocks", "the model has no repeated blocks"))
     return Accepted("compile blocks", f"{found} blocks, in place; {verdict.reason}")
 
 
 def _compile_loss(model: nn.Module, config: KptConfig, profile: HardwareProfile) -> Decision:
     verdict = _compile("compile loss", config.compile.loss, profile)
-    return decide_loss(model) if verdict else verdict
+    return _refused(config.compile.loss, decide_loss(model)) if verdict else verdict
+
+
+def _refused(asked: bool | str, verdict: Decision) -> Decision:
+    """The verdict; a rejection of what was asked for raises."""
+    if asked is True and not verdict:
+        raise UnsupportedHardwareError(
+            f"compile.{verdict.subject.split()[1]}=True was asked for, and {verdict.reason}. Set it to 'auto' or False"
+        )
+    return verdict
 
 
 def _compile(subject: str, asked: bool | str, profile: HardwareProfile) -> Decision:
@@ -160,7 +180,7 @@ def _compile(subject: str, asked: bool | str, profile: HardwareProfile) -> Decis
     possible = profile.supports("compile")
     if asked is True:
         if not possible:
-            raise UnsupportedHardwareError(f"{subject} was asked for, and {possible.reason}")
+            _refused(asked, replace(possible, subject=subject))
         return Accepted(subject, ASKED)
     if profile.kind == "cpu":
         return Rejected(subject, f"on a CPU it is done when asked for: compile.{subject.split()[1]}=True")

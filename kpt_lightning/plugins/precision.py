@@ -4,8 +4,8 @@ As ``Trainer(plugins=[KptPrecision("fp8")])`` it works with any strategy of Ligh
 before it wraps or shards, and compiles nothing. KptStrategy drives it with the whole plan.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class _EnginePrecision:
     """What the Trainer's and Fabric's plugin share; Lightning's two base classes know nothing of each other."""
 
     engine: Engine
+    settings: KptConfig
     device_type: str | None
 
     def __init__(
@@ -50,6 +51,7 @@ class _EnginePrecision:
             ConfigError: A setting is unknown, of the wrong type, or contradicts another one.
         """
         built = KptConfig.build(config, precision=None if precision == "auto" else precision, float8=float8)
+        self.settings = built
         if "compile" not in built.model_fields_set:
             built = built.model_copy(update={"compile": CompileConfig(blocks=False, loss=False)})
         self.engine = Engine(built)
@@ -59,7 +61,7 @@ class _EnginePrecision:
     def around(cls, engine: Engine, device_type: str) -> Any:
         """The plugin of a strategy that owns ``engine``."""
         plugin = cls.__new__(cls)
-        plugin.engine, plugin.device_type = engine, device_type
+        plugin.engine, plugin.settings, plugin.device_type = engine, engine.config, device_type
         return plugin
 
     @property
@@ -116,6 +118,13 @@ class _EnginePrecision:
 
 class KptPrecision(_EnginePrecision, Precision):  # type: ignore[misc]
     """For ``lightning.pytorch.Trainer(plugins=[KptPrecision("fp8")])``."""
+
+    @contextmanager
+    def train_step_context(self) -> Iterator[None]:
+        """Lightning's, and the proof starts here: a sanity validation that ran before counts for nothing."""
+        self.engine.training_starts()
+        with super().train_step_context():
+            yield
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any

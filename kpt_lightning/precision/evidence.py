@@ -1,6 +1,7 @@
 """Proof that FP8 ran: calls counted against the layers converted, and kernel names from the profiler."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -21,21 +22,26 @@ _NOT_GEMM = ("triton_",)
 
 
 def check_calls(counts: GemmCounts, layers: Sequence[nn.Linear]) -> list[Decision]:
-    """Compare the FP8 GEMMs of the first optimizer step with the converted layers.
+    """Compare the FP8 GEMMs of the first optimizer step with the converted layers, size by size.
 
     Args:
         counts: What ran since the start of training.
         layers: The converted layers.
 
     Returns:
-        What ran; and a rejection where layers of some size, or no backward pass, did not run, which may be right (a
-        second optimizer, say).
+        What ran; and a rejection where a role has fewer GEMMs than layers, or where no backward pass ran, which may be
+        right (a second optimizer, experts that had no token).
 
     Raises:
         VerificationError: Not one FP8 GEMM ran.
     """
-    planned = {(_up(layer.out_features), _up(layer.in_features)) for layer in layers}
-    ran = {(n, k) for (role, _, n, k) in counts.calls if role == "output"}
+    ran: Counter[tuple[int, int]] = Counter()
+    learned: Counter[tuple[int, int]] = Counter()
+    for (role, m, n, k), calls in counts.calls.items():
+        if role == "output":
+            ran[n, k] += calls
+        elif role == "grad_weight":
+            learned[m, n] += calls
     if not ran:
         raise VerificationError(
             f"{len(layers)} layers were converted to FP8, and not one FP8 GEMM ran in the first optimizer step. "
@@ -47,14 +53,22 @@ def check_calls(counts: GemmCounts, layers: Sequence[nn.Linear]) -> list[Decisio
     decisions: list[Decision] = [
         Accepted("fp8 calls", f"{counts.total} {kind} by the end of step 1 ({text}) from {len(layers)} layers")
     ]
-    trained = any(_trains_in_fp8(layer) for layer in layers)
-    if trained and not counts.of_role("grad_input") + counts.of_role("grad_weight"):
+    if _wants_backward(layers) and not counts.of_role("grad_input") + counts.of_role("grad_weight"):
         decisions.append(Rejected("fp8 calls", "no FP8 GEMM ran in a backward pass by the end of step 1"))
-    missing = sorted(planned - ran)
-    if missing:
-        sizes = ", ".join(f"{k} -> {n}" for n, k in missing)
-        decisions.append(Rejected("fp8 calls", f"FP8 layers of size {sizes} ran no FP8 GEMM by the end of step 1"))
-    return decisions
+        return decisions
+    trained = [layer for layer in layers if _trains_in_fp8(layer)]
+    return decisions + (_too_few("output", layers, ran) or _too_few("grad_weight", trained, learned))
+
+
+def _too_few(role: str, layers: Sequence[nn.Linear], ran: Counter[tuple[int, int]]) -> list[Decision]:
+    """Sizes, as (rows, columns) of the weight, with fewer GEMMs than layers."""
+    planned = Counter((_up(layer.out_features), _up(layer.in_features)) for layer in layers)
+    short = [
+        f"{ran[n, k]} {role} GEMMs for {count} FP8 layers of size {k} -> {n}"
+        for (n, k), count in sorted(planned.items())
+        if ran[n, k] < count
+    ]
+    return [Rejected("fp8 calls", f"{', '.join(short)} by the end of step 1")] if short else []
 
 
 def check_gradients(layers: Sequence[nn.Linear]) -> list[Decision]:
@@ -69,11 +83,14 @@ def check_gradients(layers: Sequence[nn.Linear]) -> list[Decision]:
     Returns:
         Nothing where no gradient is there to look at, such as after ``zero_grad``.
     """
-    gradients = [_local(layer.weight.grad) for layer in layers if layer.weight.grad is not None]
-    gradients = [gradient for gradient in gradients if gradient.numel()]
+    found = [layer.weight.grad for layer in layers if layer.weight.requires_grad]
+    gradients = [local for gradient in found if gradient is not None and (local := _local(gradient)).numel()]
     if not gradients:
         return []
+    lost = sum(gradient is None for gradient in found)
     dead = int((torch.stack([gradient.abs().amax().float() for gradient in gradients]) == 0).sum())
+    if lost:
+        return [Rejected("fp8 gradients", f"{lost} of {len(found)} FP8 layers have no weight gradient after step 1")]
     if dead:
         reason = f"{dead} of {len(gradients)} FP8 layers have a weight gradient of zeros after step 1"
         return [Rejected("fp8 gradients", f"{reason}; right only behind a weight that starts at zero")]
@@ -108,6 +125,12 @@ def check_kernels(names: Sequence[str], expected: int) -> Decision:
         reason = f"{len(found)} FP8 GEMM kernels for {expected} calls in the profiled step, such as {found[0]}"
         return Rejected("fp8 kernels", reason)
     return Accepted("fp8 kernels", f"{len(found)} FP8 GEMM kernels in the profiled step, such as {found[0]}")
+
+
+def _wants_backward(layers: Sequence[nn.Linear]) -> bool:
+    """Whether some FP8 GEMM belongs to the backward pass; the input of a first layer needs none."""
+    trainable = [layer for layer in layers if layer.weight.requires_grad]
+    return any(_trains_in_fp8(layer) for layer in trainable) or len(trainable) > 1
 
 
 def _trains_in_fp8(layer: nn.Linear) -> bool:

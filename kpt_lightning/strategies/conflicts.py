@@ -69,3 +69,22 @@ def check_precision(config: KptConfig, request: Request, field: str, value: obje
             f"{request.owner}({field})", value, f"contradicts KptStrategy(precision={config.precision!r}), which would "
             "make it ignored", f"Remove one of the two, {field} or KptStrategy's precision",
         )  # fmt: skip
+
+
+def check_ignored(config: KptConfig, request: Request, field: str, value: object) -> None:
+    """Refuse a float8 section where a precision of Lightning's own stays in charge.
+
+    Args:
+        config: The strategy's settings.
+        request: What the user passed to Trainer or Fabric.
+        field: "precision" or "plugins".
+        value: What was given there.
+
+    Raises:
+        ConfigError: The section would be ignored.
+    """
+    if "float8" in config.model_fields_set:
+        raise ConfigError(
+            f"{request.owner}({field})", value, "leaves no FP8, and KptStrategy's float8 section would be ignored",
+            f"Remove one of the two, {field} or the float8 section",
+        )  # fmt: skip

@@ -27,13 +27,6 @@ class FabricLeaf(KptLeaf):
         self._report()
         return wrapped
 
-    def teardown(self) -> None:
-        """Fabric's teardown, then everything that was done to the module is undone."""
-        try:
-            super().teardown()  # type: ignore[misc]
-        finally:
-            self.engine.stop()
-
 
 class KptFabricSingleDevice(FabricLeaf, SingleDeviceStrategy):
     """One device."""

@@ -10,7 +10,7 @@ from kpt_lightning.errors import ConfigError
 from kpt_lightning.optimize.engine import Engine
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.plugins.precision import KptFabricPrecision, KptPrecision
-from kpt_lightning.strategies.conflicts import check_devices, check_precision
+from kpt_lightning.strategies.conflicts import check_devices, check_ignored, check_precision
 from kpt_lightning.strategies.connector import Request, calling_request
 
 ConfigSource = KptConfig | dict[str, Any] | str | Path | None
@@ -29,6 +29,7 @@ class KptLeaf:
     engine: Engine
     _parallel: str
     _bound: bool = False
+    _why_parallel: str = "the strategy's own"
     _given_precision: str | None = None
 
     def __init__(
@@ -69,11 +70,20 @@ class KptLeaf:
         check_devices(request, getattr(self, "parallel_devices", None), type(self).__name__)
         self._bound = True
         self.engine.parallel = self._parallel
+        if self.engine.config.parallel != self._parallel:
+            self.engine.why_parallel = self._why_parallel
         plugin = self._precision_plugin_for(request)
         if request.is_fabric:
             self.precision = plugin
         else:
             self.precision_plugin = plugin
+
+    def teardown(self) -> None:
+        """Lightning's teardown, then everything that was done to the module is undone, whatever happened."""
+        try:
+            super().teardown()  # type: ignore[misc]
+        finally:
+            self.engine.stop()
 
     def _configure_launcher(self) -> None:
         if not self._bound:
@@ -91,13 +101,15 @@ class KptLeaf:
         if request.plugin_given:
             check_precision(config, request, "plugins", type(request.plugin).__name__)
             if isinstance(request.plugin, ours):
-                self._adopt(request.plugin.engine)
+                self._adopt(request, request.plugin.settings)
             else:
+                check_ignored(config, request, "plugins", type(request.plugin).__name__)
                 self._given_precision = str(request.plugin.precision)
                 return request.plugin
         elif request.precision is not None:
             check_precision(config, request, "precision", request.precision)
             if request.precision not in _GIVEN:
+                check_ignored(config, request, "precision", request.precision)
                 self._given_precision = str(request.precision)
                 return request.plugin
             self.engine.config = KptConfig.build(config, precision=_GIVEN[request.precision])
@@ -105,12 +117,18 @@ class KptLeaf:
         self.engine.check(device_type)
         return ours.around(self.engine, device_type)
 
-    def _adopt(self, engine: Engine) -> None:
-        """A KptPrecision beside KptStrategy: its precision, our other settings."""
-        given, own = engine.config, self.engine.config
-        self.engine.config = own.model_copy(
-            update={"precision": given.precision, "float8": given.float8},
-        )
+    def _adopt(self, request: Request, settings: KptConfig) -> None:
+        """A KptPrecision beside KptStrategy: the settings of both.
+
+        Raises:
+            ConfigError: Both set one field, or the two together contradict each other.
+        """
+        given = settings.model_dump(exclude_unset=True)
+        own = self.engine.config.model_dump(exclude_unset=True)
+        for field in given.keys() & own.keys():
+            rule = f"contradicts KptStrategy({field}={own[field]!r}), which would make it ignored"
+            raise ConfigError(f"{type(request.plugin).__name__}({field})", given[field], rule, "Remove one of the two")
+        self.engine.config = KptConfig.build(own | given)
 
     def _start_engine(self, module: Any) -> None:
         """With the trainer's own precision plugin the engine still compiles and reports."""

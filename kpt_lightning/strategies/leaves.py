@@ -39,13 +39,6 @@ class TrainerLeaf(KptLeaf):
                     "Make the weights in configure_model, load them, or use KptStrategy(parallel='fsdp2')",
                 )  # fmt: skip
 
-    def teardown(self) -> None:
-        """Lightning's teardown, then everything that was done to the module is undone, whatever happened."""
-        try:
-            super().teardown()  # type: ignore[misc]
-        finally:
-            self.engine.stop()
-
 
 class KptSingleDevice(TrainerLeaf, SingleDeviceStrategy):
     """One device."""

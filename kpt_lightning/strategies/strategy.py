@@ -92,6 +92,7 @@ class KptStrategy(Strategy):
         if self._checkpoint_io is not None:
             leaf.checkpoint_io = self._checkpoint_io
         self._forget()
+        leaf._why_parallel = "by device count"
         leaf.bind(request)
         for set_ranks in ("set_world_ranks", "_set_world_ranks"):
             if hasattr(leaf, set_ranks):

@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 def made(machine: str = "h100", **settings: Any) -> Plan:
     profile = HardwareProfile.load(PROFILES / f"{machine}.json")
-    plan = make_plan(Model(), KptConfig.build(settings), profile, parallel="ddp")
+    plan = make_plan(Model(), KptConfig.build(settings), profile, parallel=Accepted("parallel ddp", "by device count"))
     plan.proofs += [Accepted("fp8 calls", "72 FP8 GEMMs"), Rejected("fp8 kernels", "another [profiler] is running")]
     return plan
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kpt_lightning.config import KptConfig
+from kpt_lightning.decision import Accepted
 from kpt_lightning.errors import UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
 from kpt_lightning.optimize.plan import Plan
@@ -32,7 +33,7 @@ def llama() -> nn.Module:
 
 def plan(model: nn.Module, machine: HardwareProfile | str, **settings: Any) -> Plan:
     profile = load(machine) if isinstance(machine, str) else machine
-    return make_plan(model, KptConfig.build(settings), profile, parallel="single")
+    return make_plan(model, KptConfig.build(settings), profile, parallel=Accepted("parallel single", "by device count"))
 
 
 def reason(plan: Plan, subject: str) -> str:
@@ -137,8 +138,8 @@ def test_what_is_asked_for_wins_over_what_the_hardware_suggests(llama: nn.Module
 
 
 def test_the_trainers_own_precision_stays(llama: nn.Module) -> None:
-    made = make_plan(llama, KptConfig(), load("h100"), parallel="ddp", given_precision="16-mixed")
-    assert (made.precision, made.parallel, made.layers) == ("16-mixed", "ddp", [])
+    made = make_plan(llama, KptConfig(), load("h100"), parallel=None, given_precision="16-mixed")
+    assert (made.precision, made.parallel, made.layers) == ("16-mixed", "the trainer's strategy", [])
     assert reason(made, "precision 16-mixed") == "the trainer's own setting"
 
 
@@ -151,7 +152,7 @@ def test_without_a_compiler_auto_rejects_fp8_and_an_explicit_wish_is_met(llama: 
     assert reason(auto, "model.layers.0") == "LlamaDecoderLayer: blocks are not compiled"
     explicit = plan(llama, machine, precision="fp8")
     assert (explicit.precision, len(explicit.float8_layers)) == ("fp8", 14)
-    with pytest.raises(UnsupportedHardwareError, match="compile blocks was asked for"):
+    with pytest.raises(UnsupportedHardwareError, match=r"compile\.blocks=True was asked for"):
         plan(llama, machine, compile={"blocks": True})
 
 
@@ -199,6 +200,8 @@ def test_a_run_on_the_cpu_of_a_gpu_machine_is_planned_for_the_cpu(llama: nn.Modu
     assert plan(llama, on_device(load("h100"), "cuda")).precision == "fp8"
 
 
-@pytest.mark.parametrize(("config", "wanted"), [({}, "by device count"), ({"parallel": "single"}, "asked for")])
-def test_the_plan_says_who_chose_the_layout(llama: nn.Module, config: dict[str, str], wanted: str) -> None:
-    assert reason(plan(llama, "h100", **config), "parallel single") == wanted
+def test_the_plan_says_who_chose_the_layout(llama: nn.Module) -> None:
+    assert reason(plan(llama, "h100"), "parallel single") == "by device count"
+    alone = make_plan(llama, KptConfig(), load("h100"), parallel=None)
+    assert alone.parallel == "the trainer's strategy"
+    assert not any(choice.subject.startswith("parallel") for choice in alone.choices)

@@ -23,6 +23,7 @@ FP8 = {"config": EMULATED, "precision": "fp8"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),
+    pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many workers"),
 ]
 
 
@@ -214,7 +215,7 @@ class TwoOptimizers(Manual):
 
 
 def test_two_optimizers_train_and_the_layer_that_had_no_turn_is_named() -> None:
-    with pytest.warns(UserWarning, match="32 -> 48 ran no FP8 GEMM by the end of step 1"):
+    with pytest.warns(UserWarning, match="0 output GEMMs for 1 FP8 layers of size 32 -> 48"):
         assert_trains_in_fp8(TwoOptimizers(), batches(8))
 
 
@@ -229,6 +230,19 @@ def test_a_model_that_calls_the_weights_past_forward_is_stopped_in_step_one() ->
         fit(module, batches())
     assert len(module.losses) == 1
     assert type(module.net[0]) is nn.Linear
+
+
+class BypassInTraining(Bypass):
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.net(batch)
+
+
+def test_a_sanity_validation_that_runs_in_fp8_proves_nothing_about_training() -> None:
+    module = BypassInTraining()
+    trainer = Trainer(strategy=KptStrategy(**FP8), **QUIET)
+    data = DataLoader(batches(), batch_size=None)
+    with pytest.raises(VerificationError, match="not one FP8 GEMM ran"):
+        trainer.fit(module, data, data)
 
 
 class Skips(Net):

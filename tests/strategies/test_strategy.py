@@ -28,6 +28,7 @@ EMULATED = {"float8": {"emulate": True, "only_where_it_pays": False}}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:.*has `shuffle=True`"),
 ]
 
 
@@ -43,6 +44,10 @@ class Net(LightningModule):
         if index == self.fail_at:
             raise RuntimeError("in the middle of fit")
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        self.seen.append(type(self.net[0]))
+        self.net(batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -164,6 +169,21 @@ def test_a_config_file_gives_the_settings(tmp_path: Path) -> None:
         (lambda: KptStrategy(parallel="single"), {"num_nodes": 2, "devices": 1}, ["Trainer(num_nodes)=2"]),
         (lambda: KptDDP(parallel_devices=[torch.device("cpu")] * 2), {"devices": 3}, ["Trainer(devices)=3", "KptDDP"]),
         (lambda: KptDDP({"parallel": "fsdp2"}), {}, ["parallel='fsdp2'", "KptDDP"]),
+        (
+            lambda: KptStrategy({"float8": {"recipe": "rowwise"}}),
+            {"precision": "64-true"},
+            ["64-true", "float8 section"],
+        ),
+        (
+            lambda: KptStrategy({"float8": {"recipe": "rowwise"}}),
+            {"plugins": [KptPrecision("fp8", float8=EMULATED["float8"])]},
+            ["KptPrecision(float8)", "KptStrategy(float8="],
+        ),
+        (
+            lambda: KptStrategy(level="conservative"),
+            {"plugins": [KptPrecision("fp8", float8=EMULATED["float8"])]},
+            ["conservative"],
+        ),
     ],
 )
 def test_settings_that_contradict_raise_one_sentence_that_names_both(
@@ -218,6 +238,10 @@ def test_everything_is_undone_after_fit_and_done_again_for_validation() -> None:
     before = {name: id(parameter) for name, parameter in module.named_parameters()}
     trainer = Trainer(strategy=KptStrategy(EMULATED, precision="fp8"), **QUIET)
     trainer.fit(module, loader())
+    assert {kind.__name__ for kind in module.seen} == {"Float8Linear"}
+    assert type(module.net[0]) is nn.Linear
+    module.seen.clear()
+    trainer.validate(module, loader(), verbose=False)
     assert {kind.__name__ for kind in module.seen} == {"Float8Linear"}
     assert type(module.net[0]) is nn.Linear
     assert {name: id(parameter) for name, parameter in module.named_parameters()} == before
