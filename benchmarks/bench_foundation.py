@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SPEED = ("kpt", "plain", "torchao-bf16-true", "plain-compiled-blocks")
+SPEED = ("kpt", "plain", "torchao-bf16-true", "kpt-bf16-mixed", "plain-compiled-blocks")
 LOSS = (
-    ("plain", 0), ("kpt", 0), ("plain", 1), ("kpt-rowwise", 0), ("kpt-rowwise_with_gw_hp", 0),
+    ("plain", 0), ("kpt", 0), ("plain", 1), ("kpt-rowwise", 0), ("kpt-rowwise_with_gw_hp", 0), ("kpt-bf16-mixed", 0),
 )  # fmt: skip
 POWER = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
@@ -37,7 +37,7 @@ def main() -> None:
             for variant in SPEED:
                 if variant.startswith("torchao") and find_spec("torchao") is None:
                     continue
-                if variant == "plain-compiled-blocks" and turn:
+                if variant in ("plain-compiled-blocks", "kpt-bf16-mixed") and turn:
                     continue
                 extra = ["--profile"] if turn == options.rounds - 1 and variant in ("kpt", "plain") else []
                 run(options, f"speed-{variant}-{turn}", variant, "--steps", "30", *extra)
@@ -103,7 +103,7 @@ def _speed_table(runs: list[dict[str, Any]], folder: Path) -> str:
 
 
 def _power(path: Path) -> str:
-    """Median SM clock and power over the busy half of the run."""
+    """Median SM clock and power over the busiest quarter of the run."""
     rows = [line.split(", ") for line in path.read_text().splitlines() if line.count(", ") == 3]
     busy = sorted(rows, key=lambda row: -float(row[2]))[: max(1, len(rows) // 4)]
     if not busy:

@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -152,6 +153,8 @@ def environment() -> dict[str, Any]:
     from importlib.metadata import version
 
     found = {name: version(name) for name in ("torch", "lightning", "transformers")}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    found |= {"commit": commit.stdout.strip() or "unknown"}
     found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     if torch.cuda.is_available():
         found |= {"triton": version("triton")}
