@@ -3,10 +3,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from kpt_lightning.measure.batch import batch_size
 
-BatchEncoding = pytest.importorskip("transformers").BatchEncoding
 IDS = torch.zeros(4, 16, dtype=torch.long)
 MASK = torch.ones(4, 16)
 Pair = namedtuple("Pair", ["labels", "input_ids"])

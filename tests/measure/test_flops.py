@@ -1,7 +1,9 @@
 """The formula against torch's own counter on real models, run eagerly so that every matmul is seen."""
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,9 +11,6 @@ from kpt_lightning.config import Float8Config
 from kpt_lightning.decision import Rejected
 from kpt_lightning.measure.flops import training_flops
 from kpt_lightning.precision.convert import convert_to_float8
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 BATCH, LENGTH = 2, 12
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kpt_lightning.config import KptConfig
@@ -17,7 +18,6 @@ from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.precision.gemm import count_gemms
 from kpt_lightning.validation.numerics import sqnr_db
 
-transformers = pytest.importorskip("transformers")
 # torch 2.13 warns of what its own compiler does.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",

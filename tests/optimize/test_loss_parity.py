@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from kpt_lightning.config import KptConfig
 from kpt_lightning.optimize.engine import Engine
 
-transformers = pytest.importorskip("transformers")
 STEPS, LAST = 60, 15
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 

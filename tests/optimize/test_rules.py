@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from kpt_lightning.config import KptConfig
@@ -16,7 +17,6 @@ from kpt_lightning.hardware import HardwareProfile
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.rules import check_explicit, make_plan, on_device
 
-transformers = pytest.importorskip("transformers")
 PROFILES = Path(__file__).parents[1] / "hardware" / "profiles"
 
 

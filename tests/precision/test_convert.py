@@ -15,6 +15,7 @@ from kpt_lightning.config import Float8Config
 from kpt_lightning.decision import Accepted, Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.hardware import detect
+from kpt_lightning.optimize.rules import on_device
 from kpt_lightning.precision.convert import convert_to_float8, decide_layers, float8_available, restore_linear
 from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.precision.gemm import count_gemms
@@ -298,9 +299,7 @@ def test_odd_sizes_are_padded_where_that_was_asked_for() -> None:
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_a_cpu_runs_the_recipe_only_emulated(recipe: str) -> None:
-    machine = detect()
-    if machine.kind != "cpu":
-        pytest.skip("this machine has an accelerator")
+    machine = on_device(detect(), "cpu")
     assert isinstance(float8_available(config(recipe=recipe), machine), Accepted)
     verdict = float8_available(config(recipe=recipe, emulate=False), machine)
     assert isinstance(verdict, Rejected)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kpt_lightning.config import Float8Config
@@ -15,7 +16,6 @@ from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.precision.gemm import count_gemms
 from kpt_lightning.validation.numerics import sqnr_db
 
-transformers = pytest.importorskip("transformers")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 Loss = Callable[[Any], Tensor]
