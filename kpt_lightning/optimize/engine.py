@@ -1,6 +1,7 @@
 """The engine: plans for a model, applies the plan in place, proves in the first steps that it ran, and undoes it."""
 
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -13,13 +14,17 @@ from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import KptError
 from kpt_lightning.hardware import HardwareProfile, detect
 from kpt_lightning.optimize.blocks import compile_blocks, restore_blocks
-from kpt_lightning.optimize.graphs import GraphCounts, check_graphs
+from kpt_lightning.optimize.cache import restore_cache, switch_off_cache
+from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, room_for_graphs
 from kpt_lightning.optimize.loss import compile_loss, restore_loss
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
 from kpt_lightning.precision.convert import convert_to_float8, restore_linear
 from kpt_lightning.precision.evidence import check_calls, check_gradients, check_kernels
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
+
+# With manual optimization, optimizer steps of other modules that may come before the first FP8 GEMM.
+_OTHERS_TURNS = 16
 
 
 class Engine:
@@ -43,13 +48,12 @@ class Engine:
         self.why_parallel = ASKED
         self.plan: Plan | None = None
         self._undo, self._counting = ExitStack(), ExitStack()
-        self._model: nn.Module | None = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._counts: GemmCounts | None = None
         self._graphs: GraphCounts | None = None
         self._layers: list[nn.Linear] = []
         self._device_type = "cpu"
-        self._steps = 0
-        self._training = False
+        self._steps, self._idle, self._training = 0, 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and plan only: what is applied belongs to live modules."""
@@ -76,9 +80,10 @@ class Engine:
             UnsupportedHardwareError: The plan asks for a unit that is not there.
             KptError: Another model is started and not stopped.
         """
-        if self._model is not None and self._model is not model:
+        first = None if self._model is None else self._model()
+        if first is not None and first is not model:
             raise KptError(
-                f"{type(self._model).__name__} is optimized already and {type(model).__name__} came second: one engine "
+                f"{type(first).__name__} is optimized already and {type(model).__name__} came second: one engine "
                 "serves one model. Put both into one module, or set up the second with a Trainer or Fabric of its own"
             )
         self.stop()
@@ -91,7 +96,11 @@ class Engine:
             self._layers = convert_to_float8(model, plan.float8_layers, self.config.float8)
             undo.callback(restore_linear, self._layers)
             undo.callback(restore_blocks, compile_blocks(model, plan.compiled_blocks))
-            self._graphs = GraphCounts.now() if plan.compiled_blocks else None
+            if plan.compiled_blocks:
+                self._graphs = GraphCounts.now()
+                undo.enter_context(room_for_graphs(len(plan.compiled_blocks)))
+            if plan.accepts("use_cache off"):
+                undo.callback(restore_cache, switch_off_cache(model))
             if plan.accepts("compile loss"):
                 undo.callback(restore_loss, compile_loss(model))
             if self._layers:
@@ -101,8 +110,10 @@ class Engine:
             if plan.precision == "bf16":
                 model.to(torch.bfloat16)
             self._undo = undo.pop_all()
-        self._steps, self._training = 0, False
-        self._model, self.plan = model, plan
+        self._steps, self._idle, self._training = 0, 0, False
+        # A plan that changes nothing lets another model follow.
+        changes = plan.float8_layers or plan.compiled_blocks or plan.accepts("compile loss")
+        self._model, self.plan = weakref.ref(model) if changes else None, plan
         return plan
 
     def stop(self) -> None:
@@ -110,6 +121,14 @@ class Engine:
 
         The weights keep what they learned, and those that precision="bf16" cast stay bf16: what rounding took is gone.
         """
+        if self._idle and not self._steps:
+            warnings.warn(f"kpt: no FP8 GEMM ran in {self._idle} optimizer steps", stacklevel=2)
+            self._idle = 0
+        if self._graphs is not None and self._steps and self.plan is not None:
+            late = [proof for proof in check_graphs(self._graphs, len(self.plan.compiled_blocks)) if not proof]
+            for proof in late if all(self.plan.explain("whole graphs")) else []:
+                self.plan.proofs.append(proof)
+                warnings.warn(f"kpt: after step 1: {proof.reason}", stacklevel=2)
         self._undo.close()
 
     def _forget(self) -> None:
@@ -148,14 +167,20 @@ class Engine:
             finally:
                 self._counting.close()
         result = run()
-        skipped = whole and result is None and (self._counts is None or not self._counts.total)
-        if not skipped:
+        if not self._too_early(result, whole):
             self._steps = 1
             for proof in self._proofs():
                 self.plan.proofs.append(proof)
                 if not proof:
                     warnings.warn(f"kpt: {proof.reason}", stacklevel=2)
         return result
+
+    def _too_early(self, result: Any, whole: bool) -> bool:
+        """No FP8 GEMM ran and that can be right: a skipped step, or another optimizer's turn."""
+        if self._counts is None or self._counts.total:
+            return self._counts is None and whole and result is None
+        self._idle += 1
+        return result is None if whole else self._idle < _OTHERS_TURNS
 
     def _proofs(self) -> list[Decision]:
         """What the first step showed."""

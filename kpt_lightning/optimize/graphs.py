@@ -1,8 +1,11 @@
 """Proof of compilation: the graphs that torch.compile made since a moment, and where it gave up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch._dynamo.utils import counters
 
 from kpt_lightning.decision import Accepted, Decision, Rejected
@@ -15,15 +18,22 @@ class GraphCounts:
     Attributes:
         graphs: Graphs captured.
         breaks: Places where a graph broke and Python ran instead.
+        failed: Functions that were to be compiled and run in Python, at the recompile limit for one.
     """
 
     graphs: int
     breaks: int
+    failed: int
 
     @classmethod
     def now(cls) -> Self:
         """Read torch's own counters."""
-        return cls(graphs=counters["stats"]["unique_graphs"], breaks=sum(counters["graph_break"].values()))
+        frames = counters["frames"]
+        return cls(
+            graphs=counters["stats"]["unique_graphs"],
+            breaks=sum(counters["graph_break"].values()),
+            failed=frames["total"] - frames["ok"],
+        )
 
 
 def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
@@ -37,10 +47,25 @@ def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
         Nothing where no graph is new: compiled before in this process, or not run.
     """
     now = GraphCounts.now()
-    graphs, breaks = now.graphs - before.graphs, now.breaks - before.breaks
+    graphs, breaks, failed = now.graphs - before.graphs, now.breaks - before.breaks, now.failed - before.failed
+    if failed:
+        reason = f"{failed} functions run uncompiled beside {blocks} blocks in {graphs} graphs"
+        return [Rejected("whole graphs", f"{reason}; TORCH_LOGS=recompiles,graph_breaks names them")]
     if breaks:
         reason = f"{breaks} graph breaks in {graphs} graphs beside {blocks} blocks; TORCH_LOGS=graph_breaks names them"
         return [Rejected("whole graphs", reason)]
     if not graphs:
         return []
     return [Accepted("whole graphs", f"{graphs} graphs for {blocks} blocks and what else is compiled, without a break")]
+
+
+@contextmanager
+def room_for_graphs(blocks: int) -> Iterator[None]:
+    """Raise torch's recompile limit, which counts all blocks as one function, to its own value for each block."""
+    config: Any = torch._dynamo.config
+    before = config.recompile_limit
+    config.recompile_limit = before * max(1, blocks)
+    try:
+        yield
+    finally:
+        config.recompile_limit = before

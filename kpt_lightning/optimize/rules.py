@@ -9,6 +9,7 @@ from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
 from kpt_lightning.optimize.blocks import decide_blocks, is_compiled
+from kpt_lightning.optimize.cache import decide_cache
 from kpt_lightning.optimize.loss import decide_loss
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.precision.convert import decide_layers, float8_available
@@ -70,6 +71,8 @@ def make_plan(
     _choose_precision(plan, model, profile, bool(blocks), given_precision)
     plan.choices.append(blocks)
     plan.choices.append(_compile_loss(model, config, profile))
+    if blocks:
+        plan.choices.append(decide_cache(model))
     return plan
 
 

@@ -5,7 +5,7 @@ before it wraps or shards, and compiles nothing. KptStrategy drives it with the 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,8 @@ class _EnginePrecision:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """bf16 creates its weights in bf16; the others keep fp32 masters."""
-        return _DtypeContextManager(torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        """bf16 creates its weights in bf16; the others create them as they would be without us."""
+        return _DtypeContextManager(torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         """As :meth:`tensor_init_context`."""

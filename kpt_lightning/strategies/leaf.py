@@ -31,6 +31,7 @@ class KptLeaf:
     _bound: bool = False
     _why_parallel: str = "the strategy's own"
     _given_precision: str | None = None
+    _config: KptConfig
 
     def __init__(
         self, config: ConfigSource = None, *, level: str | None = None, precision: str | None = None, **lightning: Any
@@ -53,6 +54,7 @@ class KptLeaf:
                 "parallel", built.parallel, f"contradicts {type(self).__name__}, which is {self._parallel!r}",
                 "Remove it, or use KptStrategy",
             )  # fmt: skip
+        self._config = built
         self.engine = Engine(built)
 
     @property
@@ -88,6 +90,8 @@ class KptLeaf:
     def _configure_launcher(self) -> None:
         if not self._bound:
             self.bind(calling_request())
+        # The next Trainer binds anew.
+        self._bound = False
         super()._configure_launcher()  # type: ignore[misc]
 
     def _precision_plugin_for(self, request: Request) -> Any:
@@ -96,12 +100,18 @@ class KptLeaf:
         Raises:
             ConfigError: ``precision=`` or a plugin beside the strategy's own precision.
         """
-        config = self.engine.config
+        config = self.engine.config = self._config
+        self._given_precision = None
         ours = KptFabricPrecision if request.is_fabric else KptPrecision
-        if request.plugin_given:
+        device_type = self.root_device.type  # type: ignore[attr-defined]
+        plugin = ours.around(self.engine, device_type)
+        mine = isinstance(request.plugin, ours) and request.plugin.engine is self.engine
+        if request.plugin_given and not mine:
             check_precision(config, request, "plugins", type(request.plugin).__name__)
             if isinstance(request.plugin, ours):
-                self._adopt(request, request.plugin.settings)
+                plugin = request.plugin
+                self._adopt(request, plugin.settings)
+                plugin.engine, plugin.device_type = self.engine, device_type
             else:
                 check_ignored(config, request, "plugins", type(request.plugin).__name__)
                 self._given_precision = str(request.plugin.precision)
@@ -113,9 +123,8 @@ class KptLeaf:
                 self._given_precision = str(request.precision)
                 return request.plugin
             self.engine.config = KptConfig.build(config, precision=_GIVEN[request.precision])
-        device_type = self.root_device.type  # type: ignore[attr-defined]
         self.engine.check(device_type)
-        return ours.around(self.engine, device_type)
+        return plugin
 
     def _adopt(self, request: Request, settings: KptConfig) -> None:
         """A KptPrecision beside KptStrategy: the settings of both.

@@ -219,6 +219,37 @@ def test_two_optimizers_train_and_the_layer_that_had_no_turn_is_named() -> None:
         assert_trains_in_fp8(TwoOptimizers(), batches(8))
 
 
+class OtherFirst(TwoOptimizers):
+    """The first optimizer steps train a part that is not in FP8."""
+
+    def build(self) -> None:
+        super().build()
+        self.small = nn.Linear(32, 5)
+
+    def training_step(self, batch: Any, index: int) -> None:
+        if index < 3:
+            loss = self.small(batch).square().mean()
+            optimizer = self.optimizers()[0]
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            return
+        loss = Net.training_step(self, batch, index)
+        optimizer = self.optimizers()[1]
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.small.parameters(), 0.05), torch.optim.SGD(self.net.parameters(), 0.05)
+
+
+@pytest.mark.filterwarnings("ignore:kpt. 0 output GEMMs for 1 FP8 layers of size 32 -> 48")
+def test_optimizer_steps_of_other_modules_come_first_under_manual_optimization() -> None:
+    trainer = assert_trains_in_fp8(OtherFirst(), batches(8))
+    assert trainer.strategy.plan.explain("fp8 calls")[0]
+
+
 class Bypass(Net):
     def loss(self, batch: Any) -> Tensor:
         return F.linear(batch, self.net[0].weight).square().mean()

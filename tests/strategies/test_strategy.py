@@ -267,3 +267,55 @@ def test_fp8_in_the_trainer_follows_fp32_training() -> None:
         with torch.no_grad():
             losses[precision] = float(nn.functional.mse_loss(module.net(x), y))
     assert losses["fp8"] == pytest.approx(losses["32"], rel=0.02)
+
+
+def test_a_leaf_in_a_second_trainer_checks_that_trainers_settings_too() -> None:
+    leaf = KptSingleDevice()
+    Trainer(strategy=leaf, **{**QUIET, "accelerator": "auto"}, devices=1)
+    leaf._accelerator = None  # Lightning keeps it on the strategy and would refuse any accelerator
+    second = Trainer(strategy=leaf, precision="bf16-mixed", **QUIET)
+    second.fit(Net(), loader())
+    assert second.strategy.plan.precision == "bf16-mixed"
+    leaf._accelerator = None
+    with pytest.raises(ConfigError, match=r"Trainer\(devices\)=2"):
+        Trainer(strategy=leaf, devices=2, **QUIET)
+
+
+def test_the_default_dtype_of_the_user_stays_in_configure_model() -> None:
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = None
+
+        def configure_model(self) -> None:
+            if self.net is None:
+                self.net = nn.Sequential(nn.Linear(32, 32))
+
+    module = Late()
+    x = torch.randn(8, 32, dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        Trainer(strategy=KptStrategy(), **QUIET).fit(module, DataLoader(TensorDataset(x, x), batch_size=4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert module.net[0].weight.dtype == torch.float64
+
+
+def test_fabric_takes_two_models_where_nothing_is_changed_and_refuses_them_where_something_is() -> None:
+    plain = Fabric(strategy=KptStrategy(), accelerator="cpu", devices=1)
+    for _ in range(2):
+        model = nn.Linear(32, 32)
+        plain.setup(model, torch.optim.SGD(model.parameters(), 0.1))
+    fp8 = Fabric(strategy=KptStrategy(EMULATED, precision="fp8"), accelerator="cpu", devices=1)
+    first, second = nn.Linear(32, 32), nn.Linear(32, 32)
+    fp8.setup(first)
+    with pytest.raises(KptError, match="one engine serves one model"):
+        fp8.setup(second)
+
+
+def test_a_plugin_beside_the_strategy_has_the_plan() -> None:
+    plugin = KptPrecision("fp8", float8=EMULATED["float8"])
+    trainer = Trainer(strategy=KptStrategy(level="balanced"), plugins=[plugin], **QUIET)
+    trainer.fit(Net(), loader())
+    assert trainer.precision_plugin is plugin
+    assert plugin.plan is trainer.strategy.plan
