@@ -121,18 +121,23 @@ class Engine:
 
         The weights keep what they learned, and those that precision="bf16" cast stay bf16: what rounding took is gone.
         """
-        if self._idle and not self._steps:
-            warnings.warn(f"kpt: no FP8 GEMM ran in {self._idle} optimizer steps", stacklevel=2)
-            self._idle = 0
-        if self._graphs is not None and self._steps and self.plan is not None:
-            late = [proof for proof in check_graphs(self._graphs, len(self.plan.compiled_blocks)) if not proof]
-            for proof in late if all(self.plan.explain("whole graphs")) else []:
-                self.plan.proofs.append(proof)
-                warnings.warn(f"kpt: after step 1: {proof.reason}", stacklevel=2)
+        late = self._late_findings()
         self._undo.close()
+        for reason in late:
+            warnings.warn(f"kpt: {reason}", stacklevel=2)
+
+    def _late_findings(self) -> list[str]:
+        """What only shows at the end: FP8 that never had its turn, blocks that fell back to Python after step 1."""
+        if self._idle and not self._steps:
+            return [f"no FP8 GEMM ran in {self._idle} optimizer steps"]
+        if self._graphs is None or self.plan is None or not self._steps or not all(self.plan.explain("whole graphs")):
+            return []
+        late = [proof for proof in check_graphs(self._graphs, len(self.plan.compiled_blocks)) if not proof]
+        self.plan.proofs += late
+        return [f"after step 1: {proof.reason}" for proof in late]
 
     def _forget(self) -> None:
-        self._model, self._counts, self._graphs, self._layers = None, None, None, []
+        self._model, self._counts, self._graphs, self._layers, self._idle = None, None, None, [], 0
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of a forward pass."""
