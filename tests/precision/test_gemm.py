@@ -40,6 +40,8 @@ def test_emulation_is_equal_to_the_gemm_of_torch_on_a_cpu(
     try:
         real = torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, **settings).to(out_dtype)
     except (RuntimeError, ValueError) as error:
+        if torch.__version__ >= "2.13":
+            raise  # it has one: a fault of ours, no reason to skip
         pytest.skip(f"torch {torch.__version__} has no such FP8 GEMM for CPUs: {error}")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         for emulate in (True, False):
