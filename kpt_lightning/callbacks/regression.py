@@ -75,10 +75,10 @@ class RegressionCallback(Callback):
             ConfigError: ``warmup_steps`` or ``on_regression`` is not one of these.
         """
         if not callable(on_regression) and on_regression not in ("warn", "ignore", "fail"):
-            rule = 'one of "warn", "ignore", "fail" or a function of the comparison'
+            rule = 'must be one of "warn", "ignore", "fail" or a function of the comparison'
             raise ConfigError("on_regression", on_regression, rule, "Choose one of these")
         if warmup_steps < 0:
-            raise ConfigError("warmup_steps", warmup_steps, "at least 0", "Give 0 to count every step")
+            raise ConfigError("warmup_steps", warmup_steps, "must be at least 0", "Give 0 to count every step")
         self.store = store if isinstance(store, RunStore) else RunStore(store)
         self.warmup_steps, self.name, self.config = warmup_steps, name, dict(config or {})
         self.tokens_per_batch, self.flops_per_step = tokens_per_batch, flops_per_step

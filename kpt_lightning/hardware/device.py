@@ -12,9 +12,11 @@ REQUIRED = frozenset({"kind", "vendor", "name", "architecture", "memory_bytes"})
 def check_keys(field: str, data: Mapping[str, Any], known: frozenset[str], required: frozenset[str]) -> None:
     """Raise ConfigError where a stored profile has a key too many or too few."""
     if unknown := sorted(set(data) - known):
-        raise ConfigError(field, unknown, f"unknown; known are {', '.join(sorted(known))}", "Remove or rename the key")
+        raise ConfigError(
+            field, unknown, f"is unknown; known are {', '.join(sorted(known))}", "Remove or rename the key"
+        )
     if missing := sorted(required - set(data)):
-        raise ConfigError(field, missing, "missing in the stored profile", "Add it, or detect the profile again")
+        raise ConfigError(field, missing, "is missing in the stored profile", "Add it, or detect the profile again")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

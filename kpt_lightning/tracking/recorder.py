@@ -77,7 +77,7 @@ class RunRecorder:
             ConfigError: ``warmup_steps`` is negative, or the config or plan is not JSON-like.
         """
         if warmup_steps < 0:
-            raise ConfigError("warmup_steps", warmup_steps, "at least 0", "Give 0 to count every step")
+            raise ConfigError("warmup_steps", warmup_steps, "must be at least 0", "Give 0 to count every step")
         self.run_id = uuid.uuid4().hex
         _check_json("config", info.config)
         _check_json("plan", info.plan)
@@ -214,4 +214,6 @@ def _check_json(name: str, data: Mapping[str, Any] | None) -> None:
     try:
         json.dumps(data, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(name, data, f"not JSON-like ({error})", "Give strings, numbers, lists and dicts") from error
+        raise ConfigError(
+            name, data, f"must be JSON-like ({error})", "Give strings, numbers, lists and dicts"
+        ) from error
