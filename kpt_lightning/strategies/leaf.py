@@ -28,7 +28,6 @@ class KptLeaf:
 
     engine: Engine
     _parallel: str
-    _bound: bool = False
     _why_parallel: str = "the strategy's own"
     _given_precision: str | None = None
     _config: KptConfig
@@ -63,14 +62,13 @@ class KptLeaf:
         return self.engine.plan
 
     def bind(self, request: Request) -> None:
-        """Take what the connector knows. Called once, by the connector or by KptStrategy.
+        """Take what the connector knows, anew for each Trainer or Fabric that this object is given to.
 
         Raises:
             ConfigError: Two settings contradict each other.
             UnsupportedHardwareError: FP8 was asked for and there is no unit for it.
         """
         check_devices(request, getattr(self, "parallel_devices", None), type(self).__name__)
-        self._bound = True
         self.engine.parallel = self._parallel
         if self.engine.config.parallel != self._parallel:
             self.engine.why_parallel = self._why_parallel
@@ -88,10 +86,7 @@ class KptLeaf:
             self.engine.stop()
 
     def _configure_launcher(self) -> None:
-        if not self._bound:
-            self.bind(calling_request())
-        # The next Trainer binds anew.
-        self._bound = False
+        self.bind(calling_request())
         super()._configure_launcher()  # type: ignore[misc]
 
     def _precision_plugin_for(self, request: Request) -> Any:

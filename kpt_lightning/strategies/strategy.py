@@ -93,7 +93,6 @@ class KptStrategy(Strategy):
             leaf.checkpoint_io = self._checkpoint_io
         self._forget()
         leaf._why_parallel = "by device count"
-        leaf.bind(request)
         for set_ranks in ("set_world_ranks", "_set_world_ranks"):
             if hasattr(leaf, set_ranks):
                 getattr(leaf, set_ranks)()
