@@ -7,6 +7,14 @@ from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import MissingDependencyError
 
 
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, None where it is absent. Nothing is imported."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class OptionalPackage:
     """A package that this one can use and does not require.
@@ -33,10 +41,7 @@ class OptionalPackage:
     @property
     def version(self) -> str | None:
         """Installed version, None where absent. Nothing is imported."""
-        try:
-            return metadata.version(self.distribution)
-        except metadata.PackageNotFoundError:
-            return None
+        return installed_version(self.distribution)
 
     def available(self) -> Decision:
         """Whether it can be imported. Nothing is imported."""

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import sys
-from importlib import metadata
 from typing import Any
 
 from kpt_lightning.hardware import nvml
@@ -16,7 +15,7 @@ from kpt_lightning.hardware.cpu import detect_cpu
 from kpt_lightning.hardware.device import DeviceProfile
 from kpt_lightning.hardware.nvidia import detect_nvidia
 from kpt_lightning.hardware.profile import HardwareProfile, Link
-from kpt_lightning.optional import TRITON
+from kpt_lightning.optional import TRITON, installed_version
 
 _DISTRIBUTIONS = ("lightning", "accelerate", "transformers", "peft", "torchao", "transformer-engine", "torch-xla")
 
@@ -51,15 +50,8 @@ def _versions(facts: nvml.Facts | None) -> dict[str, str]:
         "cc": _program("CC", "gcc", "clang"),
         "cxx": _program("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")),
     }
-    installed = {name: _installed(name) for name in _DISTRIBUTIONS}
+    installed = {name: installed_version(name) for name in _DISTRIBUTIONS}
     return {name: version for name, version in (found | installed).items() if version is not None}
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _program(variable: str, *names: str) -> str | None:

@@ -5,12 +5,12 @@ import os
 import platform
 import socket
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from kpt_lightning.optional import installed_version
 from kpt_lightning.tracking.record import digest
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -55,17 +55,10 @@ def environment(extra: dict[str, str] | None = None, directory: Path | None = No
     }
     if torch.version.cuda:
         facts["cuda"] = torch.version.cuda
-    facts.update({name: version for name in PACKAGES if (version := _version(name))})
+    facts.update({name: version for name in PACKAGES if (version := installed_version(name))})
     if commit := git_commit(directory):
         facts[CODE_KEY] = commit
     return facts | (extra or {})
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def git_commit(directory: Path | None = None) -> str | None:
