@@ -87,11 +87,9 @@ def check_gradients(layers: Sequence[nn.Linear]) -> list[Decision]:
     gradients = [local for gradient in found if gradient is not None and (local := _local(gradient)).numel()]
     if not gradients:
         return []
-    lost = sum(gradient is None for gradient in found)
-    dead = int((torch.stack([gradient.abs().amax().float() for gradient in gradients]) == 0).sum())
-    if lost:
+    if lost := sum(gradient is None for gradient in found):
         return [Rejected("fp8 gradients", f"{lost} of {len(found)} FP8 layers have no weight gradient after step 1")]
-    if dead:
+    if dead := int((torch.stack([gradient.abs().amax().float() for gradient in gradients]) == 0).sum()):
         reason = f"{dead} of {len(gradients)} FP8 layers have a weight gradient of zeros after step 1"
         return [Rejected("fp8 gradients", f"{reason}; right only behind a weight that starts at zero")]
     return [Accepted("fp8 gradients", f"{len(gradients)} FP8 layers have a weight gradient that is not zero")]

@@ -84,8 +84,8 @@ def _shape(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
-# A plain Library instead of torch.library.custom_op: a tenth of its overhead a call. The GEMM wants b column-major,
-# hence exact strides.
+# A plain Library instead of torch.library.custom_op, whose Python wrapper would run around every call. The GEMM wants b
+# column-major, hence exact strides.
 _library: Any = torch.library.Library("kpt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "float8_gemm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool fast_accum, "
