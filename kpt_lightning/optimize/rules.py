@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from torch import nn
 
+from kpt_lightning.candidates.compile_blocks import decide_blocks, is_compiled
+from kpt_lightning.candidates.compile_loss import decide_loss
+from kpt_lightning.candidates.key_value_cache import decide_cache
 from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
-from kpt_lightning.optimize.blocks import decide_blocks, is_compiled
-from kpt_lightning.optimize.cache import decide_cache
-from kpt_lightning.optimize.loss import decide_loss
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.precision.convert import decide_layers, float8_available
 

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from kpt_lightning.candidates.compile_blocks import decide_blocks
 from kpt_lightning.errors import ConfigError
-from kpt_lightning.optimize.blocks import decide_blocks
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.strategies.leaves import TrainerLeaf
 

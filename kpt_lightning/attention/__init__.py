@@ -1,0 +1,1 @@
+"""Which attention kernel runs, and choosing it."""

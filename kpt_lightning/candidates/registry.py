@@ -1,0 +1,79 @@
+"""Finding candidates: each module of this package that names one, and the entry points of other packages."""
+
+import functools
+import pkgutil
+from collections.abc import Callable, Iterable
+from importlib import import_module, metadata
+
+import kpt_lightning.candidates as package
+from kpt_lightning.candidates.candidate import Candidate
+from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.errors import ConfigError
+
+Supports = Callable[[str], Decision]
+
+ENTRY_POINTS = "kpt_lightning.candidates"
+"""Group of entry points under which another package offers a candidate object."""
+
+
+def candidates() -> tuple[Candidate, ...]:
+    """All candidates in the order of their turn.
+
+    Raises:
+        ConfigError: Two have one name, or an entry point gives something else.
+    """
+    found = [*_own(), *_foreign()]
+    for each in found:
+        if sum(other.name == each.name for other in found) > 1:
+            raise ConfigError("candidate", each.name, "two candidates have this name", "Uninstall or rename one")
+    return tuple(sorted(found, key=lambda each: (each.turn, each.name)))
+
+
+def candidate(name: str) -> Candidate:
+    """The candidate of that name.
+
+    Raises:
+        ConfigError: There is none here, as when a plan was made with another version.
+    """
+    for each in candidates():
+        if each.name == name:
+            return each
+    known = ", ".join(each.name for each in candidates())
+    raise ConfigError("candidate", name, "is not known here", f"Make a new plan; known are {known}")
+
+
+def admitted(each: Candidate, level: Iterable[str], supports: Supports) -> Decision:
+    """Whether level, hardware and packages let a candidate be proposed at all.
+
+    Args:
+        each: The candidate.
+        level: Levels that are allowed.
+        supports: ``HardwareProfile.supports``.
+    """
+    if each.level not in level:
+        return Rejected(each.name, f"needs level {each.level.value!r}")
+    for feature in each.features:
+        if not (verdict := supports(feature)):
+            return Rejected(each.name, verdict.reason)
+    for optional in each.packages:
+        if not (verdict := optional.available()):
+            return Rejected(each.name, verdict.reason)
+    return Accepted(each.name, "admitted")
+
+
+@functools.cache
+def _own() -> tuple[Candidate, ...]:
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = [import_module(f"{package.__name__}.{name}") for name in names]
+    return tuple(module.CANDIDATE for module in modules if hasattr(module, "CANDIDATE"))
+
+
+def _foreign() -> list[Candidate]:
+    found = []
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        each = entry.load()
+        if not isinstance(each, Candidate):
+            rule = f"entry point {entry.name!r} gives no candidate but {type(each).__name__}"
+            raise ConfigError("candidate", entry.value, rule, "See kpt_lightning.candidates.candidate.Candidate")
+        found.append(each)
+    return found
