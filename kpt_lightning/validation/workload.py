@@ -107,11 +107,17 @@ def feed(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def floating_tensors(tree: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The floating-point tensors in a nest of mappings, tuples, lists and dataclasses, detached, by place."""
+def floating_tensors(tree: Any) -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors of :func:`named_tensors`, detached."""
+    for place, tensor in named_tensors(tree):
+        if tensor.is_floating_point():
+            yield place or "output", tensor.detach()
+
+
+def named_tensors(tree: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a nest of mappings, tuples, lists and dataclasses, each with its place, such as "0.hidden"."""
     if isinstance(tree, Tensor):
-        if tree.is_floating_point():
-            yield place or "output", tree.detach()
+        yield place, tree
         return
     parts: list[tuple[Any, Any]] = []
     if isinstance(tree, Mapping):
@@ -121,7 +127,7 @@ def floating_tensors(tree: Any, place: str = "") -> Iterator[tuple[str, Tensor]]
     elif is_dataclass(tree) and not isinstance(tree, type):
         parts = [(field.name, getattr(tree, field.name)) for field in fields(tree)]
     for key, part in parts:
-        yield from floating_tensors(part, f"{place}.{key}" if place else str(key))
+        yield from named_tensors(part, f"{place}.{key}" if place else str(key))
 
 
 def _keep_last(seen: list[Any], output: Any) -> None:
