@@ -85,6 +85,8 @@ class KptConfig(_Section):
     """How linear layers run in FP8."""
     compile: CompileConfig = CompileConfig()
     """What is compiled in place."""
+    on_mismatch: Literal["warn", "raise"] = "warn"
+    """When less runs than the plan says: warn, or stop. If nothing of it runs, training stops in any case."""
     verify: Literal["kernels", "calls"] = "kernels"
     """After step 1 the FP8 GEMM calls are checked against the plan; "kernels" also profiles one CUDA step."""
 

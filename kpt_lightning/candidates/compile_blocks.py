@@ -1,11 +1,21 @@
 """Finding the repeated blocks of a model, and compiling them where they are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from kpt_lightning.candidates.candidate import Change, Stage
+from kpt_lightning.candidates.inductor import Inductor
+from kpt_lightning.candidates.key_value_cache import restore_cache, switch_off_cache
+from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.config import Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.errors import ConfigError
+from kpt_lightning.optional import OptionalPackage
+from kpt_lightning.validation.gates import Numerics
 
 
 def decide_blocks(model: nn.Module) -> list[Decision]:
@@ -33,17 +43,27 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
-def compile_blocks(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+def compile_blocks(model: nn.Module, names: Iterable[str], key: str = "") -> list[nn.Module]:
     """Compile the named modules in place; state-dict keys stay. Tracing happens at the first call.
+
+    Args:
+        model: Module that holds them.
+        names: Their names.
+        key: Of the compiled code, see ``candidates.inductor``.
 
     Returns:
         The modules, for :func:`restore_blocks`.
+
+    Raises:
+        ConfigError: A name is no module of this model.
     """
     modules = dict(model.named_modules())
+    if unknown := [name for name in names if name not in modules]:
+        raise ConfigError("plan.compile_blocks", unknown[0], "is no module of this model", "Make a new plan")
     blocks = [modules[name] for name in names]
     for block in blocks:
         # Past a method of the same name that the block's class may have.
-        nn.Module.compile(block)
+        nn.Module.compile(block, backend=Inductor(key))
     return blocks
 
 
@@ -51,6 +71,56 @@ def restore_blocks(blocks: Iterable[nn.Module]) -> None:
     """Undo :func:`compile_blocks`."""
     for block in blocks:
         vars(block).pop("_compiled_call_impl", None)
+
+
+@contextmanager
+def room_for_graphs(blocks: int) -> Iterator[None]:
+    """Raise torch's recompile limit, which counts all blocks as one function, to its own value for each block."""
+    config: Any = torch._dynamo.config
+    before = config.recompile_limit
+    config.recompile_limit = before * max(1, blocks)
+    try:
+        yield
+    finally:
+        config.recompile_limit = before
+
+
+class CompileBlocks:
+    """Each repeated block compiled by itself, with the key-value cache off so that one graph serves all."""
+
+    name = "compile_blocks"
+    level = Level.CONSERVATIVE
+    stage = Stage.COMPILE
+    turn = 10
+    numerics = Numerics.ROUNDING
+    features: tuple[str, ...] = ("compile",)
+    packages: tuple[OptionalPackage, ...] = ()
+
+    def applies(self, subject: Subject) -> Sequence[Change | Rejected]:
+        """All blocks that nobody compiled yet."""
+        decisions = decide_blocks(subject.model)
+        names = [each.subject for each in decisions if each]
+        if subject.config.compile.blocks is False:
+            return [Rejected(self.name, "switched off by compile.blocks=False")]
+        if not names:
+            reason = decisions[0].reason if decisions else "the model has no repeated blocks"
+            return [Rejected(self.name, reason)]
+        return [Change(candidate=self.name, setting={"blocks": names}, reason=f"{len(names)} blocks, in place")]
+
+    def apply(self, subject: Subject, setting: Mapping[str, Any]) -> ExitStack:
+        """As :func:`compile_blocks`; the stack undoes it."""
+        with ExitStack() as undo:
+            undo.enter_context(room_for_graphs(len(setting["blocks"])))
+            undo.callback(restore_cache, switch_off_cache(subject.model))
+            undo.callback(restore_blocks, compile_blocks(subject.model, setting["blocks"], subject.key))
+            return undo.pop_all()
+
+    def undo(self, subject: Subject, applied: ExitStack) -> None:
+        """Restore blocks, cache and limit."""
+        applied.close()
+
+
+CANDIDATE = CompileBlocks()
 
 
 def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

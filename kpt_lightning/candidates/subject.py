@@ -28,6 +28,7 @@ class Subject:
         batch: One real batch on the device, any pytree; None where a plan is replayed or made by rules.
         loader: The training data loader, None where it is not known.
         optimizer: The one optimizer, None where it is not known.
+        step_seconds: Time of one forward and backward pass of the unchanged model; None where it was not measured.
         calls: Module name to one recorded call of it, from one forward pass on ``batch``; empty without a batch.
         contexts: Entered around every forward pass by whoever drives the model; candidates append and remove theirs.
         applied: Names of the candidates that are in force now, in order of application.
@@ -44,6 +45,7 @@ class Subject:
     batch: Any = None
     loader: Iterable[Any] | None = None
     optimizer: torch.optim.Optimizer | None = None
+    step_seconds: float | None = None
     calls: Mapping[str, ModuleCall] = field(default_factory=dict)
     contexts: list[Callable[[], AbstractContextManager[Any]]] = field(default_factory=list)
     applied: list[str] = field(default_factory=list)

@@ -2,25 +2,25 @@
 
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from kpt_lightning.candidates.compile_blocks import compile_blocks, restore_blocks
-from kpt_lightning.candidates.compile_loss import compile_loss, restore_loss
-from kpt_lightning.candidates.key_value_cache import restore_cache, switch_off_cache
+from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Accepted, Decision, Rejected
-from kpt_lightning.errors import KptError
+from kpt_lightning.errors import KptError, VerificationError
 from kpt_lightning.hardware import HardwareProfile, detect
-from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, room_for_graphs
+from kpt_lightning.optimize.apply import applied
+from kpt_lightning.optimize.graphs import GraphCounts, check_graphs
 from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.replay import adopted
 from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
-from kpt_lightning.precision.convert import convert_to_float8, restore_linear
 from kpt_lightning.precision.evidence import check_calls, check_gradients, check_kernels
+from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 
 # With manual optimization, optimizer steps of other modules that may come before the first FP8 GEMM.
@@ -51,7 +51,8 @@ class Engine:
         self._model: weakref.ref[nn.Module] | None = None
         self._counts: GemmCounts | None = None
         self._graphs: GraphCounts | None = None
-        self._layers: list[nn.Linear] = []
+        self._layers: list[Float8Linear] = []
+        self._subject: Subject | None = None
         self._device_type = "cpu"
         self._steps, self._idle, self._training = 0, 0, False
 
@@ -68,16 +69,29 @@ class Engine:
         """Refuse what this machine cannot do, before a model is there. Raises as ``check_explicit``."""
         check_explicit(self.config, on_device(detect(), device_type))
 
-    def start(self, model: nn.Module, device_type: str, given_precision: str | None = None) -> Plan:
+    def start(
+        self,
+        model: nn.Module,
+        device_type: str,
+        given_precision: str | None = None,
+        *,
+        plan: Plan | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        loader: Iterable[Any] | None = None,
+    ) -> Plan:
         """Plan for ``model`` and change it in place; on an error it is left as it was. A second start begins anew.
 
         Args:
             model: On any device.
             device_type: Where it will run: "cuda" or "cpu".
             given_precision: Name of the trainer's own precision, which then stays in charge.
+            plan: Made before, by trial or for another run; None makes one by rules.
+            optimizer: For a plan that changes it.
+            loader: Likewise.
 
         Raises:
             UnsupportedHardwareError: The plan asks for a unit that is not there.
+            ConfigError: The given plan does not fit this model.
             KptError: Another model is started and not stopped.
         """
         first = None if self._model is None else self._model()
@@ -90,19 +104,19 @@ class Engine:
         profile: HardwareProfile = on_device(detect(), device_type)
         self._device_type = device_type
         parallel = None if self.parallel is None else Accepted(f"parallel {self.parallel}", self.why_parallel)
-        plan = make_plan(model, self.config, profile, parallel=parallel, given_precision=given_precision)
+        if plan is None:
+            plan = make_plan(model, self.config, profile, parallel=parallel, given_precision=given_precision)
+        else:
+            plan = adopted(plan, profile, parallel=parallel, given_precision=given_precision)
+        self._subject = Subject(
+            model=model, profile=profile, config=plan.config, device=torch.device(device_type), optimizer=optimizer,
+            loader=loader,
+        )  # fmt: skip
         with ExitStack() as undo:
             undo.callback(self._forget)
-            self._layers = convert_to_float8(model, plan.float8_layers, self.config.float8)
-            undo.callback(restore_linear, self._layers)
-            undo.callback(restore_blocks, compile_blocks(model, plan.compiled_blocks))
-            if plan.compiled_blocks:
-                self._graphs = GraphCounts.now()
-                undo.enter_context(room_for_graphs(len(plan.compiled_blocks)))
-            if plan.accepts("use_cache off"):
-                undo.callback(restore_cache, switch_off_cache(model))
-            if plan.accepts("compile loss"):
-                undo.callback(restore_loss, compile_loss(model))
+            self._graphs = GraphCounts.now() if plan.compiled_blocks else None
+            undo.enter_context(applied(self._subject, plan.changes))
+            self._layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
             if self._layers:
                 self._counts = self._counting.enter_context(count_gemms())
                 undo.callback(self._counting.close)
@@ -112,8 +126,7 @@ class Engine:
             self._undo = undo.pop_all()
         self._steps, self._idle, self._training = 0, 0, False
         # A plan that changes nothing lets another model follow.
-        changes = plan.float8_layers or plan.compiled_blocks or plan.accepts("compile loss")
-        self._model, self.plan = weakref.ref(model) if changes else None, plan
+        self._model, self.plan = weakref.ref(model) if plan.changes else None, plan
         return plan
 
     def stop(self) -> None:
@@ -138,13 +151,23 @@ class Engine:
 
     def _forget(self) -> None:
         self._model, self._counts, self._graphs, self._layers, self._idle = None, None, None, [], 0
+        self._subject = None
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context of a forward pass."""
+    @property
+    def subject(self) -> Subject | None:
+        """The model with what surrounds it, while it is started."""
+        return self._subject
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Context of a forward pass: the plan's precision, and what the plan's changes put around it."""
         precision = self.plan.precision if self.plan is not None else self.config.precision
-        if precision in ("fp8", "bf16-mixed"):
-            return torch.autocast(self._device_type, dtype=torch.bfloat16)
-        return nullcontext()
+        with ExitStack() as stack:
+            if precision in ("fp8", "bf16-mixed"):
+                stack.enter_context(torch.autocast(self._device_type, dtype=torch.bfloat16))
+            if self._subject is not None:
+                stack.enter_context(self._subject.forward_context())
+            yield
 
     def training_starts(self) -> None:
         """Called before each training step; the first call forgets what a sanity validation ran."""
@@ -173,12 +196,28 @@ class Engine:
                 self._counting.close()
         result = run()
         if not self._too_early(result, whole):
-            self._steps = 1
-            for proof in self._proofs():
-                self.plan.proofs.append(proof)
-                if not proof:
-                    warnings.warn(f"kpt: {proof.reason}", stacklevel=2)
+            self.prove()
         return result
+
+    def prove(self) -> None:
+        """Check what the first step ran against the plan.
+
+        Raises:
+            VerificationError: Something planned did not run, or less than planned with ``on_mismatch="raise"``.
+        """
+        assert self.plan is not None
+        self._steps = 1
+        for proof in self._proofs():
+            self._hold(proof)
+
+    def _hold(self, proof: Decision) -> None:
+        assert self.plan is not None
+        self.plan.proofs.append(proof)
+        if proof:
+            return
+        if self.config.on_mismatch == "raise":
+            raise VerificationError(f"{proof.reason}. on_mismatch='warn' goes on")
+        warnings.warn(f"kpt: {proof.reason}", stacklevel=3)
 
     def _too_early(self, result: Any, whole: bool) -> bool:
         """No FP8 GEMM ran and that can be right: a skipped step, or another optimizer's turn."""
@@ -213,10 +252,7 @@ class Engine:
             result = run()
             torch.cuda.synchronize()
         names = [event.name for event in profiler.events() or () if event.device_type.name == "CUDA"]
-        proof = self._kernels(names, self._counts.total - before)
-        self.plan.proofs.append(proof)
-        if not proof:
-            warnings.warn(f"kpt: {proof.reason}", stacklevel=3)
+        self._hold(self._kernels(names, self._counts.total - before))
         return result
 
     @staticmethod

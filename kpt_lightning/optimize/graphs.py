@@ -1,11 +1,8 @@
 """Proof of compilation: the graphs that torch.compile made since a moment, and where it gave up."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
-import torch
 from torch._dynamo.utils import counters
 
 from kpt_lightning.decision import Accepted, Decision, Rejected
@@ -57,15 +54,3 @@ def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
     if not graphs:
         return []
     return [Accepted("whole graphs", f"{graphs} graphs for {blocks} blocks and what else is compiled, without a break")]
-
-
-@contextmanager
-def room_for_graphs(blocks: int) -> Iterator[None]:
-    """Raise torch's recompile limit, which counts all blocks as one function, to its own value for each block."""
-    config: Any = torch._dynamo.config
-    before = config.recompile_limit
-    config.recompile_limit = before * max(1, blocks)
-    try:
-        yield
-    finally:
-        config.recompile_limit = before

@@ -6,8 +6,11 @@ from typing import Any
 
 from rich.table import Table
 
+from kpt_lightning.candidates.candidate import Change
 from kpt_lightning.config import KptConfig
-from kpt_lightning.decision import Decision, from_dict, to_dict
+from kpt_lightning.decision import Accepted, Decision, Rejected, from_dict, to_dict
+from kpt_lightning.errors import ConfigError
+from kpt_lightning.optimize.trial_record import TrialRecord
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,6 +26,10 @@ class Plan:
         layers: One decision for each linear layer, when FP8 was considered.
         blocks: One decision for each repeated block.
         proofs: What was seen to run in the first steps.
+        changes: What is applied to the model, the whole of it.
+        trials: What was measured, for a plan by trial.
+        basis: "rules", "trial", or where a trial's plan was taken from.
+        whole: All kept changes together against the unchanged model; None for a plan by rules.
     """
 
     config: KptConfig
@@ -33,44 +40,60 @@ class Plan:
     layers: list[Decision] = field(default_factory=list)
     blocks: list[Decision] = field(default_factory=list)
     proofs: list[Decision] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    trials: list[TrialRecord] = field(default_factory=list)
+    basis: str = "rules"
+    whole: TrialRecord | None = None
 
     @property
     def float8_layers(self) -> list[str]:
         """Names of the layers that run in FP8."""
-        return _accepted(self.layers) if self.precision == "fp8" else []
+        return self._setting("float8", "layers")
 
     @property
     def compiled_blocks(self) -> list[str]:
         """Names of the blocks that are compiled."""
-        return _accepted(self.blocks) if self.accepts("compile blocks") else []
+        return self._setting("compile_blocks", "blocks")
+
+    def _setting(self, candidate: str, key: str) -> list[str]:
+        return next((list(each.setting[key]) for each in self.changes if each.candidate == candidate), [])
 
     def accepts(self, subject: str) -> bool:
         """Whether that choice was accepted."""
         return any(choice.subject == subject and bool(choice) for choice in self.choices)
 
     def explain(self, name: str) -> list[Decision]:
-        """Every decision about one layer, block or choice."""
+        """Every decision about one layer, block, choice or candidate."""
         return [decision for decision in self._all() if decision.subject == name]
 
     def summary(self) -> str:
         """One line."""
         parts = [f"{self.precision}, {self.parallel}, on {self.device}"]
-        if self.precision == "fp8":
-            parts.append(
-                f"{len(self.float8_layers)} of {len(self.layers)} linear layers in FP8 ({self.config.float8.recipe})"
-            )
-        if self.compiled_blocks:
-            parts.append(f"{len(self.compiled_blocks)} blocks compiled")
-        if self.accepts("compile loss"):
-            parts.append("loss compiled")
+        for change in self.changes:
+            setting = change.setting
+            if change.candidate == "float8":
+                count = f"{len(setting['layers'])} of {len(self.layers)}"
+                parts.append(f"{count} linear layers in FP8 ({setting['recipe']})")
+            elif change.candidate == "compile_blocks":
+                parts.append(f"{len(setting['blocks'])} blocks compiled")
+            elif change.candidate == "compile_loss":
+                parts.append("loss compiled")
+            else:
+                parts.append(change.candidate.replace("_", " "))
+        if self.whole is not None and self.whole.gain is not None and self.changes:
+            parts.append(f"{self.whole.gain:.2f}x by trial")
+        elif self.basis != "rules" and not self.changes:
+            parts.append("unchanged: nothing tried was faster")
         return "; ".join(parts)
 
     def render(self) -> Table:
-        """A table for a terminal: choices, then layers and blocks grouped by like reasons, then proofs."""
-        table = Table(title=f"Plan: {self.summary()}", title_justify="left", show_lines=False)
+        """A table for a terminal: trials or choices, then layers and blocks grouped by like reasons, then proofs."""
+        table = Table(title=f"Plan by {self.basis}: {self.summary()}", title_justify="left", show_lines=False)
         table.add_column("")
         table.add_column("what", overflow="fold")
         table.add_column("why", overflow="fold")
+        if self.trials:
+            _add_trials(table, [*self.trials, *([self.whole] if self.whole else [])])
         for decision in self.choices:
             _row(table, decision.subject, decision)
         for title, decisions in (("linear layer", self.layers), ("block", self.blocks)):
@@ -88,28 +111,44 @@ class Plan:
             "precision": self.precision,
             "parallel": self.parallel,
             **{name: [to_dict(decision) for decision in getattr(self, name)] for name in _LISTS},
+            "changes": [change.to_dict() for change in self.changes],
+            "trials": [trial.to_dict() for trial in self.trials],
+            "basis": self.basis,
+            "whole": None if self.whole is None else self.whole.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
-        """The inverse of :meth:`to_dict`."""
-        return cls(
-            config=KptConfig.build(data["config"]),
-            device=data["device"],
-            precision=data["precision"],
-            parallel=data["parallel"],
-            **{name: [from_dict(item) for item in data[name]] for name in _LISTS},
-        )
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: A key is missing, as in a plan of another version.
+        """
+        try:
+            return cls(
+                config=KptConfig.build(data["config"]),
+                device=data["device"],
+                precision=data["precision"],
+                parallel=data["parallel"],
+                **{name: [from_dict(item) for item in data[name]] for name in _LISTS},
+                changes=[Change.from_dict(item) for item in data["changes"]],
+                trials=[TrialRecord.from_dict(item) for item in data["trials"]],
+                basis=data["basis"],
+                whole=None if data["whole"] is None else TrialRecord.from_dict(data["whole"]),
+            )
+        except (KeyError, TypeError) as error:
+            rule = f"does not have the form of this version ({error!r})"
+            raise ConfigError("plan", sorted(data), rule, "Make a new plan") from error
 
     def _all(self) -> list[Decision]:
-        return [*self.choices, *self.layers, *self.blocks, *self.proofs]
+        tried = [
+            (Accepted if trial.kept else Rejected)(trial.candidate, trial.what + ": " * bool(trial.what) + trial.reason)
+            for trial in self.trials
+        ]
+        return [*self.choices, *self.layers, *self.blocks, *self.proofs, *tried]
 
 
 _LISTS = ("choices", "layers", "blocks", "proofs")
-
-
-def _accepted(decisions: Sequence[Decision]) -> list[str]:
-    return [decision.subject for decision in decisions if decision]
 
 
 def _grouped(title: str, decisions: Sequence[Decision]) -> list[tuple[str, Decision]]:
@@ -137,3 +176,29 @@ def _end_of_name(name: str) -> str:
 def _row(table: Table, what: str, decision: Decision) -> None:
     mark = "[green]yes[/green]" if decision else "[yellow]no[/yellow]"
     table.add_row(mark, what.replace("[", r"\["), decision.reason.replace("[", r"\["))
+
+
+def _add_trials(table: Table, trials: Sequence[TrialRecord]) -> None:
+    """Columns of their own: level, predicted and measured speed, memory, gate."""
+    for name in ("level", "predicted", "measured (interval)", "memory", "numbers"):
+        table.add_column(name, overflow="fold")
+    for trial in trials:
+        mark = "[green]kept[/green]" if trial.kept else "[yellow]no[/yellow]"
+        what = trial.candidate + (f": {trial.what}" if trial.what else "")
+        cells = [what, trial.reason, trial.level, _times(trial.predicted), _gain(trial), _megabytes(trial), trial.gate]
+        table.add_row(mark, *(cell.replace("[", r"\[") for cell in cells))
+    table.add_section()
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _gain(trial: TrialRecord) -> str:
+    if trial.gain is None or trial.low is None or trial.high is None:
+        return ""
+    return f"{trial.gain:.3f}x ({trial.low:.3f} to {trial.high:.3f})"
+
+
+def _megabytes(trial: TrialRecord) -> str:
+    return "" if trial.memory_bytes is None else f"{trial.memory_bytes / 1e6:+,.0f} MB"

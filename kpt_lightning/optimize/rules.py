@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from torch import nn
 
+from kpt_lightning.candidates.candidate import Change
 from kpt_lightning.candidates.compile_blocks import decide_blocks, is_compiled
 from kpt_lightning.candidates.compile_loss import decide_loss
+from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.key_value_cache import decide_cache
 from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
@@ -73,7 +75,23 @@ def make_plan(
     plan.choices.append(_compile_loss(model, config, profile))
     if blocks:
         plan.choices.append(decide_cache(model))
+    plan.changes = _changes(plan)
     return plan
+
+
+def _changes(plan: Plan) -> list[Change]:
+    """What the decisions come to."""
+    layers = [layer.subject for layer in plan.layers if layer]
+    blocks = [block.subject for block in plan.blocks if block]
+    changes: list[Change] = []
+    if plan.precision == "fp8" and layers:
+        setting = {"recipe": plan.config.float8.recipe, "layers": layers}
+        changes.append(Change(candidate="float8", setting=setting, reason="by rules"))
+    if plan.accepts("compile blocks"):
+        changes.append(Change(candidate="compile_blocks", setting={"blocks": blocks}, reason="by rules"))
+    if plan.accepts("compile loss"):
+        changes.append(Change(candidate="compile_loss", reason="by rules"))
+    return changes
 
 
 def _choose_precision(
@@ -85,7 +103,7 @@ def _choose_precision(
         return
     asked = plan.config.precision
     if asked in ("auto", "fp8"):
-        plan.layers = decide_layers(model, _with_head(plan.config).float8)
+        plan.layers = decide_layers(model, with_head(plan.config))
         verdict = _float8(plan, profile, compiled)
         plan.choices.append(verdict)
         if not verdict:
@@ -103,13 +121,6 @@ def _choose_precision(
 def _unused(decisions: list[Decision], reason: str) -> list[Decision]:
     """What was accepted by itself, rejected with the whole."""
     return [Rejected(each.subject, f"{each.reason}: {reason}") if each else each for each in decisions]
-
-
-def _with_head(config: KptConfig) -> KptConfig:
-    """At the aggressive level the output head may run in FP8 too, unless the user excluded it by name."""
-    if config.level is not Level.AGGRESSIVE or "exclude" in config.float8.model_fields_set:
-        return config
-    return config.model_copy(update={"float8": config.float8.model_copy(update={"exclude": ()})})
 
 
 def _float8(plan: Plan, profile: HardwareProfile, compiled: bool) -> Decision:

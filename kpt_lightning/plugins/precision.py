@@ -5,7 +5,7 @@ before it wraps or shards, and compiles nothing. KptStrategy drives it with the 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,12 @@ class _EnginePrecision:
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Autocast where the plan says so; bf16 creates tensors in bf16, as Lightning's bf16-true does."""
-        return self.tensor_init_context() if self.precision == "bf16" else self.engine.autocast()
+        if self.precision != "bf16":
+            return self.engine.autocast()
+        stack = ExitStack()
+        stack.enter_context(self.tensor_init_context())
+        stack.enter_context(self.engine.autocast())
+        return stack
 
     def convert_input(self, data: Any) -> Any:
         """bf16 casts floating-point inputs as Lightning's bf16-true does; integers stay."""

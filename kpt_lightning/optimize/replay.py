@@ -1,0 +1,62 @@
+"""Taking up a plan that was made before: from a file, a cache or a search."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from kpt_lightning.candidates import registry
+from kpt_lightning.candidates.candidate import Change
+from kpt_lightning.decision import Accepted
+from kpt_lightning.errors import ConfigError, UnsupportedHardwareError
+from kpt_lightning.hardware import HardwareProfile
+from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.precision.convert import float8_available
+
+
+def load_plan(source: Plan | str | Path) -> Plan:
+    """A plan, or the one in a JSON file.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no plan of this version.
+    """
+    if isinstance(source, Plan):
+        return source
+    try:
+        data = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("plan", str(source), f"cannot be read: {error}", "Check the path") from error
+    if not isinstance(data, dict):
+        raise ConfigError("plan", str(source), "holds no plan", "Write one with plan.to_dict()")
+    return Plan.from_dict(data)
+
+
+def adopted(plan: Plan, profile: HardwareProfile, *, parallel: Accepted | None, given_precision: str | None) -> Plan:
+    """The plan for another run: nothing is proved yet.
+
+    Raises:
+        ConfigError: It names a candidate that is not known here, or contradicts the trainer's own precision.
+        UnsupportedHardwareError: It needs what this machine does not have.
+    """
+    if given_precision is not None and plan.precision != given_precision:
+        raise ConfigError(
+            "plan", f"precision {plan.precision}", f"contradicts the trainer's own precision {given_precision!r}",
+            "Remove one of the two",
+        )  # fmt: skip
+    for change in plan.changes:
+        _check(change, plan, profile)
+    layout = plan.parallel if parallel is None else parallel.subject.removeprefix("parallel ")
+    return replace(plan, proofs=[], parallel=layout, device=profile.primary.name)
+
+
+def _check(change: Change, plan: Plan, profile: HardwareProfile) -> None:
+    candidate = registry.candidate(change.candidate)
+    verdicts = [profile.supports(feature) for feature in candidate.features]
+    verdicts += [package.available() for package in candidate.packages]
+    if change.candidate == "float8":
+        section = plan.config.float8.model_copy(update={"recipe": change.setting["recipe"]})
+        verdicts.append(float8_available(section, profile))
+    for verdict in verdicts:
+        if not verdict:
+            raise UnsupportedHardwareError(
+                f"the plan asks for {change.candidate}, and {verdict.reason}. Make a new plan on this machine"
+            )

@@ -1,0 +1,222 @@
+"""One trial: apply a change, compare the numbers, time it against the state without it, undo it."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kpt_lightning.candidates.candidate import Candidate, Change, Stage
+from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.errors import KptError
+from kpt_lightning.measure.interleave import ROUNDS, Gain, measure_gain
+from kpt_lightning.measure.saved import peak_of, saved_bytes
+from kpt_lightning.optimize.apply import Lookup, applied
+from kpt_lightning.optimize.baseline import Baseline, evaluating
+from kpt_lightning.optimize.trial_record import TrialRecord
+from kpt_lightning.optimize.work import Work
+from kpt_lightning.precision.gemm import count_gemms
+from kpt_lightning.validation.gates import Numerics, gate
+from kpt_lightning.validation.loss_run import preserved_weights, room_for_weights
+from kpt_lightning.validation.reading import distance, judge, read
+from kpt_lightning.validation.state import preserved
+
+NEGLIGIBLE = 1.005
+"""A gain below half a per cent is not worth a change, however sure it is."""
+
+
+@dataclass(slots=True)
+class Laboratory:
+    """What all trials of one search share.
+
+    Attributes:
+        subject: The model and what surrounds it; unchanged between trials.
+        work: Its forward pass on a real batch.
+        baseline: Of the kept changes without compilation.
+        lookup: Name to candidate.
+        deadline: Value of ``time.monotonic()`` when time is out.
+        rounds: Pairs of timings in a trial.
+    """
+
+    subject: Subject
+    work: Work
+    baseline: Baseline
+    lookup: Lookup
+    deadline: float
+    rounds: int = ROUNDS
+
+    def state(self, changes: Sequence[Change]) -> Callable[[], AbstractContextManager[None]]:
+        """The model with these changes, while entered."""
+        return lambda: applied(self.subject, changes, self.lookup)
+
+    def train_once(self) -> None:
+        """One forward and backward pass; gradients are dropped."""
+        self.work.loss().backward()  # type: ignore[no-untyped-call]
+        self.subject.model.zero_grad(set_to_none=True)
+
+    def with_step(self) -> None:
+        """One whole optimizer step."""
+        assert self.subject.optimizer is not None
+        self.work.loss().backward()  # type: ignore[no-untyped-call]
+        self.subject.optimizer.step()
+        self.subject.optimizer.zero_grad(set_to_none=True)
+
+
+def try_change(laboratory: Laboratory, kept: Sequence[Change], change: Change) -> TrialRecord:
+    """Whether ``change`` on top of ``kept`` passes its gate and is faster, or smaller where that is its purpose.
+
+    A failure of any kind inside the change is its rejection. The model is afterwards without any change.
+
+    Raises:
+        KptError: The device does not answer any more, or the state of the model could not be put back.
+    """
+    start = time.monotonic()
+    candidate = laboratory.lookup(change.candidate)
+    record = TrialRecord(
+        candidate=change.candidate, setting=dict(change.setting), level=candidate.level.value, what=change.reason,
+        predicted=change.predicted,
+    )  # fmt: skip
+    try:
+        record = _tried(laboratory, kept, change, candidate, record)
+    except KptError as error:
+        record = replace(record, reason=f"failed: {_line(error)}")
+    except Exception as error:  # noqa: BLE001  a candidate may fail in any way, and the run goes on
+        record = replace(record, reason=f"failed: {type(error).__name__}: {_line(error)}")
+    if record.reason.startswith("failed"):
+        check_device(laboratory.subject.device)
+    return replace(record, seconds=time.monotonic() - start)
+
+
+def _tried(
+    laboratory: Laboratory, kept: Sequence[Change], change: Change, candidate: Candidate, record: TrialRecord
+) -> TrialRecord:
+    if candidate.stage not in (Stage.INPUT, Stage.OPTIMIZER):
+        verdict = compare(laboratory, [*kept, change], candidate.numerics, laboratory.baseline)
+        record = replace(record, gate=verdict.reason)
+        if not verdict:
+            return replace(record, reason=f"numbers differ: {verdict.reason}")
+        if time.monotonic() > laboratory.deadline:
+            return replace(record, reason="no time left to measure it; raise max_seconds")
+    with ExitStack() as guard:
+        run = _program(laboratory, candidate, guard)
+        gain = measure_gain(
+            laboratory.state(kept), laboratory.state([*kept, change]), run, device=laboratory.subject.device,
+            rounds=laboratory.rounds, deadline=laboratory.deadline,
+        )  # fmt: skip
+        memory = _memory(laboratory, kept, change, run)
+    record = replace(record, gain=gain.ratio, low=gain.low, high=gain.high, memory_bytes=memory)
+    if change.saves_bytes is not None:
+        return _judged_by_memory(record, change.saves_bytes)
+    keep, reason = judge_gain(gain)
+    return replace(record, kept=keep, reason=reason)
+
+
+def judge_gain(gain: Gain) -> tuple[bool, str]:
+    """Whether a gain is one, and why."""
+    if gain.low == 0.0:
+        return False, f"{gain.rounds} rounds are too few to tell; raise max_seconds"
+    if gain.low <= 1.0:
+        return False, "not faster" if gain.high <= 1.0 else "not surely faster"
+    if gain.ratio < NEGLIGIBLE:
+        return False, "faster by less than half a per cent"
+    return True, "faster"
+
+
+def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numerics, baseline: Baseline) -> Any:
+    """Numbers of the model with ``changes`` against ``baseline``, as a decision."""
+    subject = laboratory.subject
+    with laboratory.state(changes)(), evaluating(subject.model, baseline.random), count_gemms() as gemms:
+        reading = read(subject.model, laboratory.work.loss_and_outputs)
+        dtype = subject.compute_dtype
+    planned = next((change for change in changes if change.candidate == "float8"), None)
+    if planned is not None and not gemms.total:
+        raise KptError("FP8 layers are in place and no FP8 product ran: the model runs stale compiled code")
+    verdict = judge(distance(baseline.reading, reading), gate(numerics, dtype), baseline.rounding)
+    note = f"; {baseline.note}" if baseline.note else ""
+    return replace(verdict, reason=verdict.reason + note)
+
+
+def _program(laboratory: Laboratory, candidate: Candidate, guard: ExitStack) -> Callable[[], object]:
+    """What is timed, and in ``guard`` what puts back its traces."""
+    subject = laboratory.subject
+    guard.enter_context(preserved(subject.model))
+    if candidate.stage is Stage.INPUT:
+        return _load_some(subject)
+    if candidate.stage is Stage.OPTIMIZER:
+        guard.enter_context(preserved_optimizer(subject))
+        return laboratory.with_step
+    return laboratory.train_once
+
+
+_BATCHES = 8
+
+
+def _load_some(subject: Subject) -> Callable[[], object]:
+    def run() -> None:
+        assert subject.loader is not None
+        for _, _ in zip(range(_BATCHES), subject.loader, strict=False):
+            pass
+
+    return run
+
+
+@contextmanager
+def preserved_optimizer(subject: Subject) -> Any:
+    """Let the optimizer step; weights and its state are put back from a copy on the host.
+
+    Raises:
+        KptError: There is no room for the copy, or the optimizer has state of a run before.
+    """
+    optimizer = subject.optimizer
+    if optimizer is None:
+        raise KptError("no optimizer is known; pass optimizer=")
+    if any(optimizer.state.values()):
+        raise KptError("the optimizer has state already, which steps of a trial would change")
+    if not (room := room_for_weights(subject.model)):
+        raise KptError(room.reason)
+    with preserved_weights(subject.model):
+        try:
+            yield
+        finally:
+            optimizer.state.clear()
+
+
+def _memory(laboratory: Laboratory, kept: Sequence[Change], change: Change, run: Callable[[], object]) -> int | None:
+    """Bytes that the change adds to the peak; on a device that does not tell, to what is saved for backward."""
+    device, found = laboratory.subject.device, []
+    for changes in (kept, [*kept, change]):
+        with laboratory.state(changes)():
+            if device.type == "cuda":
+                found.append(peak_of(run, device))
+            elif change.saves_bytes is not None:
+                found.append(saved_bytes(laboratory.work.loss))
+    return None if len(found) < 2 or None in found else found[1] - found[0]  # type: ignore[operator]
+
+
+def _judged_by_memory(record: TrialRecord, promised: int) -> TrialRecord:
+    if record.memory_bytes is None:
+        return replace(record, reason="this device does not tell what memory it saves")
+    saved = -record.memory_bytes
+    text = f"saves {saved / 1e6:,.0f} MB of {promised / 1e6:,.0f} MB promised"
+    return replace(record, kept=saved >= promised, reason=text)
+
+
+def check_device(device: torch.device) -> None:
+    """Raise KptError where a failure has left the device unusable, as an illegal access does."""
+    if device.type != "cuda":
+        return
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise KptError(
+            f"a trial has left {device} unusable ({_line(error)}). Start the process anew without this candidate"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence or so of a message."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

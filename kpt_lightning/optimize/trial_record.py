@@ -1,0 +1,49 @@
+"""What one trial showed: data for the plan."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One change, tried or turned down.
+
+    Attributes:
+        candidate: Its name.
+        setting: What was tried, as in ``Change``; empty where nothing could be.
+        level: The lowest level that allows it.
+        what: What was proposed, one clause.
+        kept: Whether it is in the plan.
+        reason: Why, or why not.
+        predicted: Speed expected from rules, new over old; None without an estimate.
+        gain: Measured speed, new over old; None where it was not timed. ``low`` and ``high`` are its interval.
+        low: See ``gain``.
+        high: See ``gain``.
+        memory_bytes: Change of peak memory, negative is less; None where the device does not tell.
+        gate: What the comparison of numbers said; empty where it was not reached.
+        seconds: What the trial cost.
+    """
+
+    candidate: str
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    level: str = ""
+    what: str = ""
+    kept: bool = False
+    reason: str = ""
+    predicted: float | None = None
+    gain: float | None = None
+    low: float | None = None
+    high: float | None = None
+    memory_bytes: int | None = None
+    gate: str = ""
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-like data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "TrialRecord":
+        """The inverse of :meth:`to_dict`."""
+        return cls(**data)

@@ -1,0 +1,162 @@
+"""What one forward and backward pass gave, small enough to keep, and how far another one is from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.measure.statistics import median
+from kpt_lightning.validation.gates import Gate
+from kpt_lightning.validation.numerics import sqnr_db
+from kpt_lightning.validation.state import preserved, seed_all
+
+SAMPLE = 2**16
+"""Elements kept of each tensor, evenly strided: figures over more differ in the second decimal of a dB."""
+
+SEED = 20_260_101
+
+Pass = Callable[[], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One pass.
+
+    Attributes:
+        loss: Its value.
+        outputs: Place in the output of the model to a sample of it, floating-point tensors only.
+        gradients: Parameter name to a sample of its gradient; None where it got none.
+    """
+
+    loss: float
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def read(model: nn.Module, forward: Pass, *, seed: int = SEED) -> Reading:
+    """Run once, forward and backward, with seeded generators; the model is as before.
+
+    Args:
+        model: Whose gradients are read.
+        forward: Gives the loss and the outputs of the model by place.
+        seed: For every random generator.
+    """
+    with preserved(model):
+        seed_all(seed)
+        value, outputs = forward()
+        kept = {place: sample(each) for place, each in outputs.items()}
+        value.backward()  # type: ignore[no-untyped-call]
+        gradients = {
+            name: None if each.grad is None else sample(each.grad)
+            for name, each in model.named_parameters()
+            if each.requires_grad
+        }
+        return Reading(float(value.detach()), kept, gradients)
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """At most about :data:`SAMPLE` elements of a tensor, as a copy in float32 or float64."""
+    flat = tensor.detach().flatten()
+    stride = max(1, flat.numel() // SAMPLE)
+    # An odd stride meets every column of a matrix with a power of two of them.
+    kept = flat[:: stride + (stride % 2 == 0) * (stride > 1)]
+    return kept.to(torch.float64 if kept.dtype == torch.float64 else torch.float32, copy=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far one reading is from another, in dB of SQNR: larger is nearer, infinite is equal.
+
+    Attributes:
+        loss: Of the loss.
+        outputs: Of the worst output.
+        gradients: Of each gradient, by parameter.
+        missing: Parameters that have a gradient in one reading alone, and outputs that do not match.
+    """
+
+    loss: float
+    outputs: float
+    gradients: dict[str, float]
+    missing: tuple[str, ...]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The worst gradient and its figure."""
+        return min(self.gradients.items(), key=lambda item: _order(item[1]), default=("", float("inf")))
+
+    @property
+    def median_gradient(self) -> float:
+        """The median over the gradients."""
+        finite = [1e4 if value == float("inf") else value for value in self.gradients.values()]
+        return median(finite) if finite else float("inf")  # type: ignore[return-value]
+
+
+def distance(exact: Reading, other: Reading) -> Distance:
+    """Compare two readings of one model."""
+    missing = [
+        name
+        for name in exact.gradients.keys() | other.gradients.keys()
+        if (exact.gradients.get(name) is None) != (other.gradients.get(name) is None)
+    ]
+    # A kernel that gives the loss alone may leave out what it was made from; what is there must agree.
+    shared = exact.outputs.keys() & other.outputs.keys()
+    unlike = [place for place in shared if exact.outputs[place].shape != other.outputs[place].shape]
+    missing += [f"shape of output {place}" for place in unlike]
+    figures = [_db(exact.outputs[place], other.outputs[place]) for place in shared if place not in unlike]
+    outputs = min(figures, key=_order, default=float("inf"))
+    gradients = {
+        name: _db(one, two)
+        for name, one in exact.gradients.items()
+        if one is not None and (two := other.gradients.get(name)) is not None
+    }
+    loss = _db(torch.tensor([exact.loss], dtype=torch.float64), torch.tensor([other.loss], dtype=torch.float64))
+    return Distance(loss, outputs, gradients, tuple(sorted(missing)))
+
+
+def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decision:
+    """Whether a changed model is near enough.
+
+    Args:
+        measured: From the unchanged model to the changed one.
+        limits: See ``validation.gates``.
+        rounding: From the unchanged model to itself with rounding noise; it widens limits by ``limits.spreads``.
+    """
+    if measured.missing:
+        return Rejected("gate", f"{', '.join(measured.missing[:3])} differ in whether there is a value")
+    allowance = None if rounding is None or not limits.spreads else 20 * _log10(limits.spreads)
+    checks = [("loss", measured.loss, limits.output_db, None if rounding is None else rounding.loss)]
+    checks.append(("outputs", measured.outputs, limits.output_db, None if rounding is None else rounding.outputs))
+    for name, value in measured.gradients.items():
+        own = None if rounding is None else rounding.gradients.get(name)
+        checks.append((f"gradient of {name}", value, limits.gradient_db, own))
+    # Loss and outputs share their noise: a loss may agree by chance, so its limit is never above that of the outputs.
+    for what, value, needed, own in checks:
+        least = needed if allowance is None or own is None else min(needed, own - allowance)
+        if what == "loss" and allowance is not None and rounding is not None:
+            least = min(least, rounding.outputs - allowance)
+        if not value >= least:
+            return Rejected("gate", f"{what} has {value:.1f} dB, and {least:.1f} are needed")
+    name, worst = measured.worst
+    if allowance is None and not measured.median_gradient >= limits.median_gradient_db:
+        least = limits.median_gradient_db
+        return Rejected("gate", f"the median gradient has {measured.median_gradient:.1f} dB, and {least} are needed")
+    return Accepted("gate", f"outputs {measured.outputs:.1f} dB, gradients {worst:.1f} dB and better ({name})")
+
+
+def _db(exact: Tensor, other: Tensor) -> float:
+    if not bool(torch.isfinite(exact).all()) or not bool(torch.isfinite(other).all()):
+        same = bool(torch.equal(torch.nan_to_num(exact), torch.nan_to_num(other)))
+        return float("inf") if same and bool(torch.equal(exact.isnan(), other.isnan())) else float("-inf")
+    if not bool(exact.any()):
+        return float("inf") if not bool(other.any()) else float("-inf")
+    return sqnr_db(exact, other)
+
+
+def _order(value: float) -> float:
+    return float("-inf") if value != value else value
+
+
+def _log10(value: float) -> float:
+    return float(torch.log10(torch.tensor(value, dtype=torch.float64)))
