@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kpt_lightning.cli.tables import new_table, plain
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -19,10 +21,36 @@ def doctor(
         Path | None,
         typer.Option("--profile", exists=True, dir_okay=False, help="Decide on a stored profile, not on this machine."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="FILE:FUNCTION", help="Check the model, and the batch, that a function returns."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="FILE:FUNCTION", help="Compare the model with the one of this function."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Say which settings of a file take effect here.")
+    ] = None,
 ) -> None:
-    """Show devices, features with reasons, optional packages and versions."""
+    """Show devices, features with reasons, optional packages and versions; or check a model or a config file.
+
+    Exit status 1 where a check of --model or --config finds a fault.
+    """
+    from kpt_lightning.cli.findings import check_config, check_model, show
+    from kpt_lightning.errors import ConfigError
     from kpt_lightning.hardware import HardwareProfile, detect
 
+    if reference is not None and model is None:
+        raise ConfigError("--reference", reference, "is compared with a model", "Add --model FILE:FUNCTION")
+    if model is not None or config is not None:
+        found = {} if model is None else {"model": check_model(model, reference)}
+        if config is not None:
+            found["config"] = check_config(config, detect() if profile is None else HardwareProfile.load(profile))
+        show(found, as_json)
+        return
     machine = detect() if profile is None else HardwareProfile.load(profile)
     if as_json:
         typer.echo(json.dumps(report(machine), indent=2))
@@ -64,19 +92,8 @@ def _print(machine: "HardwareProfile") -> None:
         console.print(Text(f"Note: {note}"))
 
 
-def _table(title: str, *columns: str) -> "Table":
-    """A table that wraps long cells and never cuts them."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def _devices(machine: "HardwareProfile") -> "Table":
-    table = _table("Devices", "Device", "Generation", "Memory", "Units", "bf16 peak")
+    table = new_table("Devices", "Device", "Generation", "Memory", "Units", "bf16 peak")
     shown = machine.devices if machine.host in machine.devices else (*machine.devices, machine.host)
     for device in shown:
         table.add_row(*_device_row(device))
@@ -98,35 +115,28 @@ def _device_row(device: "DeviceProfile") -> tuple[str, str, str, str, str]:
 def _features(machine: "HardwareProfile") -> "Table":
     from kpt_lightning.hardware import features
 
-    table = _table("Features", "Feature", "Usable", "Reason")
+    table = new_table("Features", "Feature", "Usable", "Reason")
     for name in features.NAMES:
         decision = machine.supports(name)
-        table.add_row(name, "[green]yes[/]" if decision else "[yellow]no[/]", _plain(decision.reason))
+        table.add_row(name, "[green]yes[/]" if decision else "[yellow]no[/]", plain(decision.reason))
     return table
 
 
 def _packages() -> "Table":
     from kpt_lightning import optional
 
-    table = _table("Optional packages here", "Package", "Version", "Used for")
+    table = new_table("Optional packages here", "Package", "Version", "Used for")
     for package in optional.ALL:
         if package.available():
-            table.add_row(package.distribution, package.version or "unknown", _plain(package.purpose))
+            table.add_row(package.distribution, package.version or "unknown", plain(package.purpose))
         else:
             text = f"{package.purpose}\n{package.pip_line}"
-            table.add_row(package.distribution, "[yellow]missing[/]", _plain(text))
+            table.add_row(package.distribution, "[yellow]missing[/]", plain(text))
     return table
 
 
 def _versions(machine: "HardwareProfile") -> "Table":
-    table = _table("Versions", "What", "Version")
+    table = new_table("Versions", "What", "Version")
     for name, version in sorted(machine.versions.items()):
-        table.add_row(name, _plain(version))
+        table.add_row(name, plain(version))
     return table
-
-
-def _plain(text: str) -> str:
-    """Text whose square brackets, as in a pip line, are not read as markup."""
-    from rich.markup import escape
-
-    return escape(text)
