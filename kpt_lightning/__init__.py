@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from kpt_lightning.callbacks.regression import RegressionCallback as RegressionCallback
     from kpt_lightning.config import KptConfig as KptConfig
     from kpt_lightning.config import Level as Level
+    from kpt_lightning.optimize.auto import auto_optimize as auto_optimize
+    from kpt_lightning.optimize.auto import plan_of as plan_of
+    from kpt_lightning.optimize.auto import restore as restore
     from kpt_lightning.optimize.plan import Plan as Plan
     from kpt_lightning.plugins.precision import KptFabricPrecision as KptFabricPrecision
     from kpt_lightning.plugins.precision import KptPrecision as KptPrecision
@@ -33,6 +36,9 @@ _HOME = {
     "Level": "config",
     "Plan": "optimize.plan",
     "RegressionCallback": "callbacks.regression",
+    "auto_optimize": "optimize.auto",
+    "plan_of": "optimize.auto",
+    "restore": "optimize.auto",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -14,16 +14,21 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 _SLOT = "_kpt_subject"
 
 
-def drive(model: nn.Module, subject: Subject) -> Callable[[], None]:
+def drive(model: nn.Module, subject: Subject, before: Callable[[], None] | None = None) -> Callable[[], None]:
     """From now on each call of ``model`` runs in ``subject``'s contexts, outside of what is compiled.
 
     The object gets a subclass of its own class, of the same name. A copy or a pickle of it is undriven.
+
+    Args:
+        model: Called by the user's loop.
+        subject: Whose contexts are entered.
+        before: Called before each call of the model.
 
     Returns:
         Undoes it.
     """
     original = type(model)
-    vars(model)[_SLOT] = subject
+    vars(model)[_SLOT] = (subject, before)
     model.__class__ = _driven(original)
 
     def undo() -> None:
@@ -44,7 +49,9 @@ def _driven(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    subject: Subject = vars(self)[_SLOT]
+    subject, before = vars(self)[_SLOT]
+    if before is not None:
+        before()
     with subject.forward_context():
         output = self._kpt_plain.__call__(self, *args, **kwargs)
     # As Accelerate does: a loss computed outside of autocast must not run in bf16.

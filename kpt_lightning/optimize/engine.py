@@ -158,6 +158,23 @@ class Engine:
         """The model with what surrounds it, while it is started."""
         return self._subject
 
+    def own(self, undo: Callable[[], None]) -> None:
+        """Let :meth:`stop` call ``undo`` before anything else is undone."""
+        self._undo.callback(undo)
+
+    def loop_calls(self) -> None:
+        """The model is about to be called in a plain loop: at the second training step the first is checked."""
+        model = None if self._model is None else self._model()
+        if self._steps or model is None or not (model.training and torch.is_grad_enabled()):
+            return
+        if self._training and self._counts is not None and not self._counts.of_role("grad_input"):
+            # Still before the first backward pass: the model is called several times a step.
+            return
+        if self._training:
+            self.prove()
+            self._counting.close()
+        self.training_starts()
+
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Context of a forward pass: the plan's precision, and what the plan's changes put around it."""
