@@ -7,6 +7,7 @@ import typer
 from kpt_lightning import __version__
 from kpt_lightning.cli.config import config
 from kpt_lightning.cli.doctor import doctor
+from kpt_lightning.cli.optimize import optimize
 from kpt_lightning.errors import KptError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(config)
 app.command()(doctor)
+app.command()(optimize)
 
 
 def _print_version(wanted: bool) -> None:

@@ -149,7 +149,8 @@ def _size(model: nn.Module, seen: TrainingPass, limit: float) -> Decision:
     if large:
         reason = f"{listed(large)}, more than {limit:g} times the norm of the parameter or of 1"
         return Rejected("gradient size", f"{reason}: take the mean in the loss, lower the initial weights, or clip")
-    return Accepted("gradient size", f"norm of all gradients {total:.4g}")
+    of = "all gradients" if len(norms) == len(seen.norms) else f"the {len(norms)} finite gradients"
+    return Accepted("gradient size", f"norm of {of} {total:.4g}")
 
 
 def _silent(seen: TrainingPass) -> Decision:

@@ -231,6 +231,33 @@ def test_layers_inside_a_compiled_module_get_no_hook() -> None:
     assert found["dead layers"].reason.startswith("none of 4 layers")
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_transformers_model_passes_under_autocast_and_without_beside_its_copy(device: str, autocast: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+    )
+    model = LlamaForCausalLM(config).to(device)
+    ids = torch.randint(32, (2, 16), device=device)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        found = validate_model(model, {"input_ids": ids, "labels": ids}, reference=copy.deepcopy(model))
+    assert found.ok, found.render()
+    assert found["devices"].reason.startswith(f"all on {device}")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.cuda
+def test_a_batch_left_on_the_host_is_named_and_random_numbers_of_the_device_are_as_before() -> None:
+    model = mlp().cuda()
+    found = validate_model(model, (X, Y), loss_fn=F.mse_loss)
+    assert found["batch"].reason == "on cpu, and the model on cuda:0: move it there, such as tensor.to('cuda:0')"
+    before = torch.cuda.get_rng_state()
+    assert validate_model(model, (X.cuda(), Y.cuda()), loss_fn=F.mse_loss).ok
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 def test_findings_render_and_store_what_was_found() -> None:
     found = validate_model(nn.ReLU())
     assert not found.ok
