@@ -54,8 +54,9 @@ def validate_model(
     fits = _batch(model, batch)
     found.append(fits)
     if fits and all(each for each in found if each.subject == "data"):
-        found += _one_pass(work.value, gradient_limit)
-        if reference is not None:
+        passed = _one_pass(work.value, gradient_limit)
+        found += passed
+        if reference is not None and passed[0]:
             found += compare_with(reference, work.value, numerics)
     return Findings(tuple(found))
 

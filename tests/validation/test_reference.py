@@ -114,3 +114,5 @@ def test_a_reference_that_cannot_run_or_no_batch_is_a_finding() -> None:
     reason = parity(Block(), nn.Linear(5, 3)).reason
     assert reason.startswith("the reference does not run: RuntimeError: mat1 and mat2")
     assert not validate_model(Block(), reference=Block())["parity"]
+    unfit = validate_model(nn.Linear(5, 3), (X, Y), loss_fn=F.mse_loss, reference=Block())
+    assert [each.subject for each in unfit.faults] == ["forward and backward"]
