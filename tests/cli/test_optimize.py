@@ -44,6 +44,7 @@ def kpt(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed_and_written_and_the_second_run_takes_it_up_without_a_trial(targets: Path) -> None:
     arguments = ("targets.py:whole", "--level", "conservative")
     first = kpt(targets.parent, *arguments, "--json", "--out", "plan.json")
