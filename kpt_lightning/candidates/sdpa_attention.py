@@ -102,10 +102,10 @@ def _restore(config: Any, value: Any) -> None:
 
 def _why_not(owner: Any) -> str | None:
     kind = type(owner).__name__
+    if getattr(owner.config, "attn_logit_softcapping", None):
+        return f"{kind} caps its attention scores (config.attn_logit_softcapping), which torch's kernels do not"
     if not getattr(owner, "_supports_sdpa", False):
         return f"transformers has no fused attention for {kind}"
     if getattr(owner.config, "output_attentions", False):
         return f"{kind} returns its attention weights (config.output_attentions), which a fused kernel never has"
-    if getattr(owner.config, "attn_logit_softcapping", None):
-        return f"{kind} caps its attention scores (config.attn_logit_softcapping), which torch's kernels do not"
     return None
