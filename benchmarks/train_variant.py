@@ -25,6 +25,10 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "kpt-rowwise": {"precision": "fp8", "float8": {"recipe": "rowwise"}},
     "kpt-rowwise_with_gw_hp": {"precision": "fp8", "float8": {"recipe": "rowwise_with_gw_hp"}},
     "kpt-bf16-mixed": {"precision": "bf16-mixed"},
+    "kpt-trial": {},
+    "plain-trial": None,
+    "user-compiled": None,
+    "user-compiled-trial": None,
 }
 
 
@@ -84,7 +88,9 @@ def main() -> None:
     start = time.perf_counter()
     trainer.fit(module, loader)
     seconds = time.perf_counter() - start
-    plan = getattr(trainer.strategy, "plan", None)
+    plan = next(
+        (found for each in (*trainer.callbacks, trainer.strategy) if (found := getattr(each, "plan", None))), None
+    )
     report = {
         "variant": options.variant, "shape": options.shape, "batch": options.batch, "length": options.length,
         "vocab_size": vocab_size, "seed": options.seed, "steps": options.steps,
@@ -116,17 +122,28 @@ def make_trainer(options: argparse.Namespace, module: CausalLM, clock: Clock) ->
         max_epochs=1, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    if options.variant.startswith("plain"):
+    trial: list[Callback] = []
+    if options.variant.endswith("-trial"):
+        from kpt_lightning import AutoOptimizeCallback
+
+        trial = [AutoOptimizeCallback(cache=False, max_seconds=options.max_seconds)]
+    if options.variant.startswith("user-compiled"):
+        module.model.compile()
+    if options.variant.startswith(("plain", "user-compiled")):
         if options.variant == "plain-compiled-blocks":
             for block in module.model.model.layers:
                 block.compile()
-        return Trainer(precision="bf16-mixed", callbacks=[clock], **common)
+        return Trainer(precision="bf16-mixed", callbacks=[*trial, clock], **common)
     if options.variant == "torchao-bf16-true":
         torchao_tensorwise(module)
         return Trainer(precision="bf16-true", callbacks=[clock], **common)
     from kpt_lightning import KptStrategy, RegressionCallback
 
-    callbacks = [clock] if options.no_callback else [clock, RegressionCallback(store=str(options.out) + ".sqlite")]
+    callbacks = (
+        [*trial, clock]
+        if options.no_callback
+        else [*trial, clock, RegressionCallback(store=str(options.out) + ".sqlite")]
+    )
     return Trainer(strategy=KptStrategy(VARIANTS[options.variant]), callbacks=callbacks, **common)
 
 
@@ -176,6 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--text", type=Path, help="where token ids of real text are kept; random tokens without it")
     parser.add_argument("--held-out", type=int, default=20)
+    parser.add_argument("--max-seconds", type=float, default=120.0, help="budget of a trial")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--no-callback", action="store_true")
     parser.add_argument("--out", type=Path, required=True)

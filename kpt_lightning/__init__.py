@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kpt_lightning.registration import register
 
 if TYPE_CHECKING:
+    from kpt_lightning.callbacks.auto_optimize import AutoOptimizeCallback as AutoOptimizeCallback
     from kpt_lightning.callbacks.regression import RegressionCallback as RegressionCallback
     from kpt_lightning.config import KptConfig as KptConfig
     from kpt_lightning.config import Level as Level
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
     from kpt_lightning.strategies import KptFSDP2 as KptFSDP2
     from kpt_lightning.strategies import KptSingleDevice as KptSingleDevice
     from kpt_lightning.strategies import KptStrategy as KptStrategy
+    from kpt_lightning.validation.model import validate_model as validate_model
+    from kpt_lightning.validation.settings import validate_config as validate_config
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AutoOptimizeCallback": "callbacks.auto_optimize",
     "KptConfig": "config",
     "KptDDP": "strategies",
     "KptFSDP2": "strategies",
@@ -39,6 +43,8 @@ _HOME = {
     "auto_optimize": "optimize.auto",
     "plan_of": "optimize.auto",
     "restore": "optimize.auto",
+    "validate_config": "validation.settings",
+    "validate_model": "validation.model",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kpt_lightning.callbacks.auto_optimize import AutoOptimizeCallback as AutoOptimizeCallback
     from kpt_lightning.callbacks.regression import RegressionCallback as RegressionCallback
 
-_HOME = {"RegressionCallback": "regression"}
+_HOME = {"AutoOptimizeCallback": "auto_optimize", "RegressionCallback": "regression"}
 
-__all__ = ["RegressionCallback"]
+__all__ = ["AutoOptimizeCallback", "RegressionCallback"]
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from kpt_lightning.callbacks.fetch_probe import FetchProbe
 from kpt_lightning.errors import ConfigError, HistoryError
+from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.tracking import report
 from kpt_lightning.tracking.compare import (
     Comparison,
@@ -260,7 +261,8 @@ class RegressionCallback(Callback):
 
 def _plan(trainer: "pl.Trainer") -> dict[str, Any] | None:
     """As it is now: the first steps add what they proved."""
-    plan = getattr(trainer.strategy, "plan", None) or getattr(trainer.precision_plugin, "plan", None)
+    sources = (trainer.strategy, trainer.precision_plugin, *trainer.callbacks)  # type: ignore[attr-defined]
+    plan: Plan | None = next(filter(None, (getattr(source, "plan", None) for source in sources)), None)
     return None if plan is None else plan.to_dict()
 
 

@@ -54,6 +54,7 @@ def plan_by_trial(
     plan = Plan(
         config=subject.config, device=subject.profile.primary.name, precision=_precision(outcome, precision),
         parallel=parallel, changes=outcome.changes, trials=outcome.trials, whole=outcome.whole, basis="trial",
+        seconds=outcome.seconds,
     )  # fmt: skip
     plan.choices.append(
         Accepted(f"precision {plan.precision}", f"by trial in {outcome.seconds:.0f} s; unchanged: {precision}")

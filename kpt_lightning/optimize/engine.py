@@ -35,6 +35,7 @@ class Engine:
         parallel: single, ddp or fsdp2, set by the strategy that binds it; None beside a strategy of Lightning's.
         why_parallel: The reason for it.
         plan: None until :meth:`start`, then the plan of the last model, also after :meth:`stop`.
+        plan_given: Followed instead of rules by each start that is given none.
     """
 
     def __init__(self, config: KptConfig) -> None:
@@ -47,6 +48,7 @@ class Engine:
         self.parallel: str | None = None
         self.why_parallel = ASKED
         self.plan: Plan | None = None
+        self.plan_given: Plan | None = None
         self._undo, self._counting = ExitStack(), ExitStack()
         self._model: weakref.ref[nn.Module] | None = None
         self._counts: GemmCounts | None = None
@@ -58,12 +60,18 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and plan only: what is applied belongs to live modules."""
-        return {"config": self.config, "parallel": (self.parallel, self.why_parallel), "plan": self.plan}
+        return {
+            "config": self.config,
+            "parallel": (self.parallel, self.why_parallel),
+            "plan": self.plan,
+            "plan_given": self.plan_given,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """An engine that has not started."""
         self.__init__(state["config"])  # type: ignore[misc]
         (self.parallel, self.why_parallel), self.plan = state["parallel"], state["plan"]
+        self.plan_given = state["plan_given"]
 
     def check(self, device_type: str) -> None:
         """Refuse what this machine cannot do, before a model is there. Raises as ``check_explicit``."""
@@ -104,6 +112,7 @@ class Engine:
         profile: HardwareProfile = on_device(detect(), device_type)
         self._device_type = device_type
         parallel = None if self.parallel is None else Accepted(f"parallel {self.parallel}", self.why_parallel)
+        plan = plan or self.plan_given
         if plan is None:
             plan = make_plan(model, self.config, profile, parallel=parallel, given_precision=given_precision)
         else:

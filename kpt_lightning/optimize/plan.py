@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from kpt_lightning.candidates.candidate import Change
@@ -29,6 +30,7 @@ class Plan:
         changes: What is applied to the model, the whole of it.
         trials: What was measured, for a plan by trial.
         basis: "rules", "trial", or where a trial's plan was taken from.
+        seconds: What the trials cost; 0 by rules.
         whole: All kept changes together against the unchanged model; None for a plan by rules.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     changes: list[Change] = field(default_factory=list)
     trials: list[TrialRecord] = field(default_factory=list)
     basis: str = "rules"
+    seconds: float = 0.0
     whole: TrialRecord | None = None
 
     @property
@@ -86,22 +89,22 @@ class Plan:
             parts.append("unchanged: nothing tried was faster")
         return "; ".join(parts)
 
-    def render(self) -> Table:
-        """A table for a terminal: trials or choices, then layers and blocks grouped by like reasons, then proofs."""
-        table = Table(title=f"Plan by {self.basis}: {self.summary()}", title_justify="left", show_lines=False)
+    def render(self) -> Group:
+        """Tables for a terminal: trials, then choices, layers and blocks grouped by like reasons, and proofs."""
+        title = f"Plan by {self.basis}: {self.summary()}"
+        table = Table(title=None if self.trials else title, title_justify="left")
         table.add_column("")
         table.add_column("what", overflow="fold")
         table.add_column("why", overflow="fold")
-        if self.trials:
-            _add_trials(table, [*self.trials, *([self.whole] if self.whole else [])])
         for decision in self.choices:
             _row(table, decision.subject, decision)
-        for title, decisions in (("linear layer", self.layers), ("block", self.blocks)):
-            for text, decision in _grouped(title, decisions):
+        for name, decisions in (("linear layer", self.layers), ("block", self.blocks)):
+            for text, decision in _grouped(name, decisions):
                 _row(table, text, decision)
         for decision in self.proofs:
             _row(table, f"proved: {decision.subject}", decision)
-        return table
+        whole = [] if self.whole is None else [self.whole]
+        return Group(*([_trials_table([*self.trials, *whole], title)] if self.trials else []), table)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-like data, which survives ``torch.load(weights_only=True)``."""
@@ -114,6 +117,7 @@ class Plan:
             "changes": [change.to_dict() for change in self.changes],
             "trials": [trial.to_dict() for trial in self.trials],
             "basis": self.basis,
+            "seconds": self.seconds,
             "whole": None if self.whole is None else self.whole.to_dict(),
         }
 
@@ -134,6 +138,7 @@ class Plan:
                 changes=[Change.from_dict(item) for item in data["changes"]],
                 trials=[TrialRecord.from_dict(item) for item in data["trials"]],
                 basis=data["basis"],
+                seconds=data["seconds"],
                 whole=None if data["whole"] is None else TrialRecord.from_dict(data["whole"]),
             )
         except (KeyError, TypeError) as error:
@@ -178,27 +183,32 @@ def _row(table: Table, what: str, decision: Decision) -> None:
     table.add_row(mark, what.replace("[", r"\["), decision.reason.replace("[", r"\["))
 
 
-def _add_trials(table: Table, trials: Sequence[TrialRecord]) -> None:
-    """Columns of their own: level, predicted and measured speed, memory, gate."""
-    for name in ("level", "predicted", "measured (interval)", "memory", "numbers"):
+def _trials_table(trials: Sequence[TrialRecord], title: str) -> Table:
+    """What was tried: the figure in one column, everything that explains it in another."""
+    table = Table(title=title, title_justify="left")
+    for name in ("", "tried", "speed", "why"):
         table.add_column(name, overflow="fold")
     for trial in trials:
         mark = "[green]kept[/green]" if trial.kept else "[yellow]no[/yellow]"
         what = trial.candidate + (f": {trial.what}" if trial.what else "")
-        cells = [what, trial.reason, trial.level, _times(trial.predicted), _gain(trial), _megabytes(trial), trial.gate]
+        cells = (what, _speed(trial), "\n".join(_reasons(trial)))
         table.add_row(mark, *(cell.replace("[", r"\[") for cell in cells))
-    table.add_section()
+    return table
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}x"
-
-
-def _gain(trial: TrialRecord) -> str:
+def _speed(trial: TrialRecord) -> str:
     if trial.gain is None or trial.low is None or trial.high is None:
         return ""
-    return f"{trial.gain:.3f}x ({trial.low:.3f} to {trial.high:.3f})"
+    lines = [f"{trial.gain:.3f}x", f"({trial.low:.3f} to {trial.high:.3f})"]
+    return "\n".join(lines + ([] if trial.predicted is None else [f"predicted {trial.predicted:.2f}x"]))
 
 
-def _megabytes(trial: TrialRecord) -> str:
-    return "" if trial.memory_bytes is None else f"{trial.memory_bytes / 1e6:+,.0f} MB"
+def _reasons(trial: TrialRecord) -> list[str]:
+    lines = [trial.reason]
+    if trial.gate and trial.gate not in trial.reason:
+        lines.append(f"numbers: {trial.gate}")
+    if trial.memory_bytes is not None:
+        lines.append(f"peak memory {trial.memory_bytes / 1e6:+,.0f} MB")
+    if trial.gain is not None or not trial.kept:
+        lines.append(f"level {trial.level}")
+    return lines

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from kpt_lightning import __version__
 from kpt_lightning.candidates.candidate import Candidate
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.optimize.plan import Plan
-from kpt_lightning.optional import ALL
+from kpt_lightning.optional import ALL, installed_version
 from kpt_lightning.tracking.fingerprint import model_fingerprint
 from kpt_lightning.tracking.record import digest
 
@@ -47,7 +46,11 @@ def plan_key(subject: Subject, pool: tuple[Candidate, ...], precision: str) -> s
         "optimizer": None if optimizer is None else type(optimizer).__qualname__,
         "machine": [(device.name, subject.profile.versions.get("driver")) for device in subject.profile.devices],
         "threads": torch.get_num_threads() if subject.device.type == "cpu" else None,
-        "versions": {"kpt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "versions": {
+            "kpt": installed_version("kpt-lightning"),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
         "packages": {package.distribution: package.version for package in ALL},
         "candidates": sorted(each.name for each in pool),
     }

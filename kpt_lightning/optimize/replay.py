@@ -37,7 +37,9 @@ def adopted(plan: Plan, profile: HardwareProfile, *, parallel: Accepted | None, 
         ConfigError: It names a candidate that is not known here, or contradicts the trainer's own precision.
         UnsupportedHardwareError: It needs what this machine does not have.
     """
-    if given_precision is not None and plan.precision != given_precision:
+    # FP8 layers run under a trainer's bf16 autocast as well.
+    fits = (plan.precision, "bf16-mixed" if plan.precision == "fp8" else plan.precision)
+    if given_precision is not None and given_precision not in fits:
         raise ConfigError(
             "plan", f"precision {plan.precision}", f"contradicts the trainer's own precision {given_precision!r}",
             "Remove one of the two",

@@ -236,7 +236,7 @@ def _judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say:
     record = TrialRecord(candidate="all kept changes", level=subject.config.level.value, what=what)
     try:
         verdict = compare(laboratory, outcome.changes, loosest, plain)
-        with preserved(subject.model):
+        with preserved(subject.model, weights=Stage.OPTIMIZER not in stages):
             if stages == {Stage.INPUT}:
                 outcome.whole = replace(record, kept=True, reason="only data loading is changed", gate=verdict.reason)
                 return

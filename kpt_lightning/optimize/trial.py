@@ -13,6 +13,7 @@ from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.errors import KptError
 from kpt_lightning.measure.interleave import ROUNDS, Gain, measure_gain
 from kpt_lightning.measure.saved import peak_of, saved_bytes
+from kpt_lightning.measure.statistics import values_needed
 from kpt_lightning.optimize.apply import Lookup, applied
 from kpt_lightning.optimize.baseline import Baseline, evaluating
 from kpt_lightning.optimize.trial_record import TrialRecord
@@ -115,10 +116,11 @@ def _tried(
 
 def judge_gain(gain: Gain) -> tuple[bool, str]:
     """Whether a gain is one, and why."""
-    if gain.low == 0.0:
-        return False, f"{gain.rounds} rounds are too few to tell; raise max_seconds"
+    if gain.rounds < values_needed():
+        slower = f"slower in each of {gain.rounds} rounds"
+        return False, slower if gain.ratio < 1.0 else f"{gain.rounds} rounds are too few to tell; raise max_seconds"
     if gain.low <= 1.0:
-        return False, "not faster" if gain.high <= 1.0 else "not surely faster"
+        return False, "not faster" if gain.ratio <= 1.0 else "not surely faster"
     if gain.ratio < NEGLIGIBLE:
         return False, "faster by less than half a per cent"
     return True, "faster"
@@ -141,7 +143,7 @@ def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numeric
 def _program(laboratory: Laboratory, candidate: Candidate, guard: ExitStack) -> Callable[[], object]:
     """What is timed, and in ``guard`` what puts back its traces."""
     subject = laboratory.subject
-    guard.enter_context(preserved(subject.model))
+    guard.enter_context(preserved(subject.model, weights=candidate.stage is not Stage.OPTIMIZER))
     if candidate.stage is Stage.INPUT:
         return _load_some(subject)
     if candidate.stage is Stage.OPTIMIZER:

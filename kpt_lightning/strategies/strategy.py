@@ -5,6 +5,7 @@ serves a second Trainer, Fabric, a deepcopy or a pickle.
 """
 
 import sys
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -14,7 +15,9 @@ from lightning.pytorch.strategies.strategy import TBroadcast
 from torch import Tensor
 
 from kpt_lightning.config import KptConfig, ParallelName, PrecisionName
-from kpt_lightning.errors import KptError, UnsupportedHardwareError
+from kpt_lightning.errors import ConfigError, KptError, UnsupportedHardwareError
+from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.replay import load_plan
 from kpt_lightning.strategies.connector import Request, calling_request
 from kpt_lightning.strategies.fabric import KptFabricDDP, KptFabricFSDP2, KptFabricSingleDevice
 from kpt_lightning.strategies.fsdp2 import KptFSDP2
@@ -40,6 +43,7 @@ class KptStrategy(Strategy):
         level: Literal["conservative", "balanced", "aggressive"] | None = None,
         precision: PrecisionName = "auto",
         parallel: ParallelName = "auto",
+        plan: Plan | str | Path | None = None,
         **lightning: Any,
     ) -> None:
         """Check the settings; no device is touched.
@@ -49,6 +53,7 @@ class KptStrategy(Strategy):
             level: What may change in the numbers.
             precision: auto follows the hardware; what is given wins.
             parallel: auto is single for one device and ddp for several.
+            plan: Made by trial before, or its JSON file; its settings hold, so no other may be given.
             lightning: Arguments of the Lightning strategy that it becomes, such as ``find_unused_parameters``.
 
         Raises:
@@ -62,6 +67,9 @@ class KptStrategy(Strategy):
             precision=None if precision == "auto" else precision,
             parallel=None if parallel == "auto" else parallel,
         )
+        self.plan_given = None if plan is None else _taken(plan, self.config)
+        if self.plan_given is not None:
+            self.config = self.plan_given.config.model_copy(update={"parallel": self.config.parallel})
         self._lightning = lightning
         self._forget()
         _announce()
@@ -111,7 +119,9 @@ class KptStrategy(Strategy):
                 f"parallel={parallel!r} was asked for, and this version has no XLA strategy. "
                 f"Choose one of {', '.join(leaves)}"
             )
-        return leaves[parallel](config=self.config, **self._lightning)
+        leaf = leaves[parallel](config=self.config, **self._lightning)
+        leaf.engine.plan_given = self.plan_given
+        return leaf
 
     def _unbound(self) -> NoReturn:
         raise KptError(
@@ -148,6 +158,16 @@ class KptStrategy(Strategy):
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         """Possible once bound."""
         self._unbound()
+
+
+def _taken(source: Plan | str | Path, config: KptConfig) -> Plan:
+    """The plan; a setting beside it would be ignored."""
+    for field in sorted(config.model_fields_set - {"parallel"}):
+        raise ConfigError(
+            field, getattr(config, field), "would be ignored beside plan, which has settings of its own",
+            "Remove one of the two",
+        )  # fmt: skip
+    return load_plan(source)
 
 
 def _announce() -> None:

@@ -1,0 +1,247 @@
+"""AutoOptimizeCallback: before the first batch is trained on, optimizations are tried on it, and the best are kept."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from kpt_lightning.callbacks.trainer_work import TrainerWork, quiet
+from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.config import KptConfig
+from kpt_lightning.errors import ConfigError, KptError
+from kpt_lightning.hardware import detect
+from kpt_lightning.optimize.by_trial import MAX_SECONDS, plan_by_trial
+from kpt_lightning.optimize.engine import Engine
+from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.plan_cache import DIRECTORY
+from kpt_lightning.optimize.rules import on_device
+
+_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "fp8": torch.bfloat16, "bf16": torch.bfloat16,
+         "bf16-true": torch.bfloat16, "16-true": torch.float16}  # fmt: skip
+
+
+class AutoOptimizeCallback(pl.Callback):
+    """Tries on the run's own first batch what KptStrategy plans by rules, and more; works beside other strategies too.
+
+    Weights, random state, buffers and optimizers are before the first step what they would be without it. With several
+    processes rank 0 tries, without exchanging gradients, and all follow its plan.
+
+    Attributes:
+        plan: None until the first batch, then what is in force.
+    """
+
+    def __init__(
+        self,
+        level: Literal["conservative", "balanced", "aggressive"] | None = None,
+        *,
+        config: KptConfig | dict[str, Any] | str | Path | None = None,
+        goal: Literal["speed", "memory"] = "speed",
+        max_seconds: float = MAX_SECONDS,
+        cache: bool | str | Path = True,
+        print_plan: bool = True,
+    ) -> None:
+        """Check the settings; nothing is touched.
+
+        Args:
+            level: What may change in the numbers; beside KptStrategy its level, else "balanced".
+            config: More settings; beside KptStrategy they belong there.
+            goal: "memory" also proposes what costs speed.
+            max_seconds: No trial starts later than that.
+            cache: Keep the plan for the next run under ``.kpt/plans``, or in the directory given.
+            print_plan: Print the plan as a table.
+
+        Raises:
+            ConfigError: A setting is unknown, of the wrong type, or contradicts another one.
+        """
+        if not max_seconds > 0:
+            raise ConfigError("max_seconds", max_seconds, "must be above 0", "Give about 120")
+        self.config = KptConfig.build(config, level=level)
+        self.goal, self.max_seconds, self.print_plan = goal, max_seconds, print_plan
+        self.cache = None if cache is False else DIRECTORY if cache is True else Path(cache)
+        self.plan: Plan | None = None
+        self._engine: Engine | None = None
+        self._own = False
+        self._restored: dict[str, Any] | None = None
+        self._open = ExitStack()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "kpt_lightning.AutoOptimizeCallback"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": 1, "plan": None if self.plan is None else self.plan.to_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict.get("plan")
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ConfigError(
+                "AutoOptimizeCallback", type(strategy).__name__, "is a strategy that shards or moves the model, which "
+                "no trial can be made on", "Make the plan on one GPU and pass KptStrategy(plan='plan.json')",
+            )  # fmt: skip
+        if not pl_module.automatic_optimization:
+            raise ConfigError(
+                "AutoOptimizeCallback", type(pl_module).__name__, "uses manual optimization, so a trial of "
+                "training_step would train", "Remove the callback; KptStrategy plans by rules",
+            )  # fmt: skip
+        if self._leaf_engine(trainer) is not None and self.config.model_fields_set:
+            field = sorted(self.config.model_fields_set)[0]
+            raise ConfigError(
+                f"AutoOptimizeCallback({field})", getattr(self.config, field), "would be ignored beside KptStrategy, "
+                "which has settings of its own", "Give it to KptStrategy",
+            )  # fmt: skip
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self.plan = self._engine = None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        if self._engine is None:
+            self._begin(trainer, pl_module, batch)
+        assert self._engine is not None
+        if self._own:
+            self._engine.training_starts()
+            if self._engine.subject is not None:
+                self._open.enter_context(self._engine.subject.forward_context())
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._open.close()
+        if self._own and self._engine is not None:
+            self._engine.loop_calls()
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._open.close()
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._open.close()
+        if self._own and self._engine is not None:
+            self._engine.stop()
+        self._engine = None
+
+    @staticmethod
+    def _leaf_engine(trainer: "pl.Trainer") -> Engine | None:
+        """The engine of KptStrategy or KptPrecision."""
+        engine = getattr(trainer.strategy, "engine", None) or getattr(trainer.precision_plugin, "engine", None)
+        return engine if isinstance(engine, Engine) else None
+
+    def _begin(self, trainer: "pl.Trainer", module: "pl.LightningModule", batch: Any) -> None:
+        """Plan and apply."""
+        shared = self._leaf_engine(trainer)
+        self._own = shared is None
+        self._engine = engine = Engine(self.config) if shared is None else shared
+        given = _given_precision(trainer, shared)
+        device = trainer.strategy.root_device
+        before = engine.plan
+        engine.stop()
+        subject = _subject(trainer, module, batch, engine.config, given or _base(before), self.goal)
+        plan, problem = self._agreed(trainer, module, subject, given or _base(before))
+        if problem:
+            raise KptError(problem)
+        assert plan is not None
+        self.plan = engine.start(
+            module, device.type, given, plan=plan, optimizer=subject.optimizer, loader=subject.loader
+        )
+        if self.print_plan and trainer.is_global_zero:
+            from rich.console import Console
+
+            Console().print(self.plan.render())
+        else:
+            rank_zero_info(f"kpt: {self.plan.summary()}")
+
+    def _agreed(
+        self, trainer: "pl.Trainer", module: "pl.LightningModule", subject: Subject, precision: str
+    ) -> tuple[Plan | None, str]:
+        """Rank 0's plan, or why there is none, on every rank."""
+        data, problem = None, ""
+        if trainer.is_global_zero:
+            try:
+                data = self._found(trainer, module, subject, precision).to_dict()
+            except KptError as error:
+                problem = str(error)
+        if trainer.world_size > 1:
+            data, problem = trainer.strategy.broadcast((data, problem))
+        return (None if data is None else Plan.from_dict(data)), problem
+
+    def _found(self, trainer: "pl.Trainer", module: "pl.LightningModule", subject: Subject, precision: str) -> Plan:
+        if self._restored is not None:
+            try:
+                plan = Plan.from_dict(self._restored)
+            except ConfigError as error:
+                rank_zero_warn(f"kpt: the plan in the checkpoint is not used: {error}")
+            else:
+                rank_zero_info("kpt: plan taken from the checkpoint; nothing is tried")
+                return plan
+        work = TrainerWork(module, subject.batch, lambda: _context(trainer, subject, precision))
+        name = getattr(trainer.strategy, "strategy_name", None) or type(trainer.strategy).__name__
+        with quiet(module):
+            plan = plan_by_trial(
+                subject, work, precision=precision, parallel=str(name).removeprefix("kpt_"),
+                max_seconds=self.max_seconds, cache=self.cache, say=lambda text: rank_zero_info(f"kpt: {text}"),
+            )  # fmt: skip
+        if subject.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(subject.device)
+        return plan
+
+
+def _given_precision(trainer: "pl.Trainer", engine: Engine | None) -> str | None:
+    """The trainer's own precision; None where KptStrategy or KptPrecision chooses it."""
+    if engine is None:
+        return str(trainer.precision_plugin.precision)
+    given = getattr(trainer.strategy, "_given_precision", None)
+    return None if given is None else str(given)
+
+
+def _base(plan: Plan | None) -> str:
+    """The precision of the unchanged model under an engine of ours: what it would be without FP8."""
+    if plan is None:
+        return "32"
+    return "bf16-mixed" if plan.precision == "fp8" else plan.precision
+
+
+def _subject(
+    trainer: "pl.Trainer", module: "pl.LightningModule", batch: Any, config: KptConfig, precision: str,
+    goal: Literal["speed", "memory"],
+) -> Subject:  # fmt: skip
+    optimizers = trainer.optimizers
+    return Subject(
+        model=module, profile=on_device(detect(), trainer.strategy.root_device.type), config=config,
+        device=trainer.strategy.root_device, compute_dtype=_HALF.get(precision, torch.float32), owns_precision=False,
+        goal=goal, batch=batch, optimizer=optimizers[0] if len(optimizers) == 1 else None,
+    )  # fmt: skip
+
+
+@contextmanager
+def _context(trainer: "pl.Trainer", subject: Subject, precision: str) -> Iterator[None]:
+    """Around a pass of the trial: the precision of the run, and what the changes in force add."""
+    with ExitStack() as stack:
+        if AutoOptimizeCallback._leaf_engine(trainer) is None:
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+        elif precision == "bf16-mixed":
+            stack.enter_context(torch.autocast(subject.device.type, dtype=torch.bfloat16))
+        elif precision == "bf16":
+            stack.enter_context(trainer.precision_plugin.tensor_init_context())
+        stack.enter_context(subject.forward_context())
+        yield
