@@ -12,6 +12,7 @@ import torch
 
 from kpt_lightning.attention.call import AttentionCall
 from kpt_lightning.attention.masks import causal_masks
+from kpt_lightning.attention.packed import packing_advice
 from kpt_lightning.attention.proof import describe
 from kpt_lightning.candidates import compile_blocks
 from kpt_lightning.candidates.candidate import Change, Stage
@@ -92,6 +93,8 @@ def _titles(wholes: Mapping[str, Any]) -> str:
 def _why_not_proved(subject: Subject, dense: Sequence[AttentionCall]) -> str:
     """What the mask of this batch is; one batch proves nothing of the next."""
     text = describe(dense)[0].reason
+    if (advice := packing_advice(subject.batch)) is not None:
+        return f"{text}; {advice}"
     run = forward_pass(subject)
     if isinstance(run, Rejected):
         return f"{text}; {run.reason}"

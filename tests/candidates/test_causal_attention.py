@@ -144,6 +144,15 @@ def test_padding_is_the_models_own_mask_compiled_or_not() -> None:
     assert reason(subject(compiled_in_place(), padded, record=False)).startswith(text)
 
 
+def test_packed_rows_are_named_with_what_would_be_needed() -> None:
+    positions = torch.arange(12).repeat(2).expand(2, 24)
+    model = llama()
+    model.config.use_cache = False  # with a cache transformers does not look for packed rows
+    text = reason(subject(model, {"input_ids": IDS, "position_ids": positions}))
+    assert "4 sequences are packed into 2 rows" in text
+    assert "flex_attention" in text
+
+
 class Triangular(nn.Module):
     """Passes a mask that says no more than causal."""
 
