@@ -42,7 +42,7 @@ def packing_advice(batch: Any) -> str | None:
     computed = sum(sum(row) ** 2 for row in lengths)
     packed = f"{sum(map(len, lengths))} sequences are packed into {len(lengths)} rows (position_ids start again)"
     return (
-        f"{packed}, and a mask tensor that keeps them apart computes {computed / useful:.1f}x the useful FLOPs; a kernel "
-        "for sequences of any length (attn_implementation='flash_attention_2' with the flash-attn package) or a block "
-        "mask (attn_implementation='flex_attention') would leave that out, and is yours to set: this package does neither"
+        f"{packed}, and a mask tensor that keeps them apart computes {computed / useful:.1f}x the useful FLOPs; a "
+        "kernel for sequences of any length (attn_implementation='flash_attention_2' with the flash-attn package) or "
+        "a block mask (attn_implementation='flex_attention') would leave that out, and is yours to set"
     )
