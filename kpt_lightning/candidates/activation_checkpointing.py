@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.compile_blocks import decide_blocks
 from kpt_lightning.candidates.key_value_cache import restore_cache, switch_off_cache
+from kpt_lightning.candidates.memory_shortage import NOT_SHORT, shortage
 from kpt_lightning.candidates.recomputed import keep_again, recompute
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
@@ -23,9 +24,6 @@ from kpt_lightning.validation.calls import ModuleCall, TensorSpec
 from kpt_lightning.validation.draw import draw, foreign_argument
 from kpt_lightning.validation.gates import Numerics
 from kpt_lightning.validation.state import preserved
-
-_FULL = 0.9
-"""Share of a CUDA device's memory at peak, above which checkpointing is proposed although speed is wanted."""
 
 # Backward takes two forward passes' work (a GEMM for each of two gradients), so one more forward pass makes 3 parts 4.
 _SPEED = 0.75
@@ -44,9 +42,9 @@ class ActivationCheckpointing:
 
     def applies(self, subject: Subject) -> Sequence[Change | Rejected]:
         """One change for all blocks, with the memory that a run of each block was seen to keep."""
-        short = _shortage(subject)
+        short = shortage(subject)
         if short is None:
-            return [Rejected(self.name, 'memory is not short; goal="memory" would trade speed for it')]
+            return [Rejected(self.name, NOT_SHORT)]
         names = [each.subject for each in decide_blocks(subject.model) if each]
         if not names:
             return [Rejected(self.name, "the model has no repeated blocks that the user did not compile")]
@@ -87,16 +85,6 @@ class ActivationCheckpointing:
 
 
 CANDIDATE = ActivationCheckpointing()
-
-
-def _shortage(subject: Subject) -> str | None:
-    """Why memory is to be saved, None where it is not."""
-    if subject.goal == "memory":
-        return "memory is the goal"
-    if subject.device.type != "cuda":
-        return None
-    peak, total = torch.cuda.max_memory_allocated(subject.device), torch.cuda.mem_get_info(subject.device)[1]
-    return f"{peak / total:.0%} of the device's memory is used" if peak > _FULL * total else None
 
 
 def _why_not(block: nn.Module) -> str | None:

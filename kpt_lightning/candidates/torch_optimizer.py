@@ -20,10 +20,12 @@ STATE: dict[type[Optimizer], frozenset[str]] = {
 """Classes whose step is known here, each with the state that it keeps for a parameter."""
 
 
-def why_not(subject: Subject) -> str | None:
+def why_not(subject: Subject, *, kernels: bool = True) -> str | None:
     """The reason to leave the optimizer alone, or None.
 
-    What the user chose (``fused``, ``foreach``, ``capturable``, ``differentiable``) is never overruled.
+    Args:
+        subject: With the optimizer.
+        kernels: Other kernels are what is wanted, so that ``fused`` and ``foreach`` of the user's are not overruled.
     """
     optimizer = subject.optimizer
     if optimizer is None:
@@ -35,14 +37,14 @@ def why_not(subject: Subject) -> str | None:
         # torch/amp/grad_scaler.py: the optimizer then unscales inside its step, and Lightning refuses to clip.
         return "a gradient scaler (float16) unscales inside such kernels, and clipping before them then fails"
     for group in optimizer.param_groups:
-        if reason := _why_not_group(group):
+        if reason := _why_not_group(group, kernels):
             return reason
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     return _why_not_parameters(parameters) or _why_not_sparse(subject.model, parameters) or _why_not_state(optimizer)
 
 
-def _why_not_group(group: Mapping[str, Any]) -> str | None:
-    for name in ("fused", "foreach"):
+def _why_not_group(group: Mapping[str, Any], kernels: bool) -> str | None:
+    for name in ("fused", "foreach") if kernels else ():
         if group.get(name) is not None:
             return f"{name}={group[name]} was set by you"
     if group.get("differentiable"):
