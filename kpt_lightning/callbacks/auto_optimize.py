@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from kpt_lightning.callbacks.trainer_work import TrainerWork, quiet
@@ -229,8 +230,14 @@ def _subject(
     return Subject(
         model=module, profile=on_device(detect(), trainer.strategy.root_device.type), config=config,
         device=trainer.strategy.root_device, compute_dtype=_HALF.get(precision, torch.float32), owns_precision=False,
-        goal=goal, batch=batch, optimizer=optimizers[0] if len(optimizers) == 1 else None,
+        goal=goal, batch=batch, optimizer=optimizers[0] if len(optimizers) == 1 else None, loader=_loader(trainer),
     )  # fmt: skip
+
+
+def _loader(trainer: "pl.Trainer") -> DataLoader[Any] | None:
+    """The loader, where there is an epoch to come: that of the present one is under way and keeps its settings."""
+    loader = trainer.train_dataloader
+    return loader if isinstance(loader, DataLoader) and trainer.max_epochs != 1 else None
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """What an optimization looks like: it proposes changes to a model, applies one in place, and undoes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
-from kpt_lightning.decision import Rejected
+from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.validation.gates import Numerics
 
@@ -104,4 +106,18 @@ class Candidate(Protocol):
 
     def undo(self, subject: Subject, applied: Any) -> None:
         """Leave the model as it was before :meth:`apply`; parameters keep what they learned in between."""
+        ...
+
+
+@runtime_checkable
+class SelfChecking(Protocol):
+    """A candidate that compares what it replaced with the original by itself, besides the model as a whole."""
+
+    def check(self, subject: Subject, run: Callable[[], Tensor]) -> Decision:
+        """Look at the changed, not compiled model; its state is preserved around.
+
+        Args:
+            subject: With the change in force.
+            run: One forward pass to the loss.
+        """
         ...

@@ -1,10 +1,10 @@
 """FP8 matrix products in linear layers, per recipe and per group of layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.subject import Subject
@@ -12,8 +12,9 @@ from kpt_lightning.config import Float8Config, KptConfig, Level
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.precision.convert import convert_to_float8, decide_layers, float8_available, restore_linear
+from kpt_lightning.precision.layer_check import check_layers
 from kpt_lightning.validation.calls import TensorSpec
-from kpt_lightning.validation.gates import Numerics
+from kpt_lightning.validation.gates import Numerics, gate
 
 # The fastest, and the most accurate of those that need no more memory; a recipe that the user names is the only one.
 _RECIPES = ("tensorwise", "rowwise_with_gw_hp")
@@ -66,6 +67,12 @@ class Float8:
         """Convert in place. Raises ConfigError where a name is no nn.Linear of this model."""
         config = subject.config.float8.model_copy(update={"recipe": setting["recipe"]})
         return convert_to_float8(subject.model, setting["layers"], config)
+
+    def check(self, subject: Subject, run: Callable[[], Tensor]) -> Decision:
+        """Each size of layer against itself in high precision."""
+        least = gate(Numerics.PRECISION, subject.compute_dtype).layer_db
+        assert least is not None
+        return check_layers(subject.model, run, least)
 
     def undo(self, subject: Subject, applied: list[nn.Linear]) -> None:
         """Restore the classes."""

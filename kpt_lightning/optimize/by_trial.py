@@ -10,7 +10,6 @@ from kpt_lightning.candidates.compile_blocks import decide_blocks
 from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.decision import Accepted, Decision, Rejected
-from kpt_lightning.measure.interleave import ROUNDS
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.plan_cache import find_plan, keep_plan, plan_key
 from kpt_lightning.optimize.search import Outcome, search
@@ -29,7 +28,7 @@ def plan_by_trial(
     max_seconds: float = MAX_SECONDS,
     cache: Path | None = None,
     pool: Sequence[Candidate] | None = None,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Find the plan; the model is afterwards as before.

@@ -10,7 +10,7 @@ from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import ConfigError, KptError
-from kpt_lightning.measure.interleave import ROUNDS, measure_gain
+from kpt_lightning.measure.interleave import ROUNDS, SLOW_ROUNDS, SLOW_SECONDS, Gain, measure_gain
 from kpt_lightning.measure.statistics import median
 from kpt_lightning.optimize.apply import applied
 from kpt_lightning.optimize.baseline import Baseline, take_baseline
@@ -51,7 +51,7 @@ def search(
     *,
     max_seconds: float,
     pool: Sequence[Candidate] | None = None,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     say: Say = lambda text: None,
 ) -> Outcome:
     """Try everything that the level allows and keep what measurably helps; the model is afterwards as before.
@@ -61,7 +61,7 @@ def search(
         work: Its forward pass on a real batch.
         max_seconds: No trial starts after that; one that runs is finished, for a compiler cannot be stopped.
         pool: Candidates to try; all that are known by default.
-        rounds: Pairs of timings in a trial.
+        rounds: Pairs of timings in a trial; by the length of a step if not given.
         say: Told what happens, one line at a time.
 
     Raises:
@@ -75,6 +75,8 @@ def search(
     by_name = {each.name: each for each in candidates}
     deadline = start + max_seconds
     plain = _first_look(subject, work)
+    if rounds is None:
+        rounds = SLOW_ROUNDS if (subject.step_seconds or 0.0) > SLOW_SECONDS else ROUNDS
     laboratory = Laboratory(subject, work, plain, by_name.__getitem__, deadline, rounds)
     say(f"unchanged: {subject.step_seconds or 0:.4f} s for one forward and backward pass")
     outcome = Outcome()
@@ -259,7 +261,7 @@ def _judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say:
         say(f"all together: {gain.ratio:.3f}x ({gain.expect_low:.3f} to {gain.expect_high:.3f})")
 
 
-def _measure_whole(laboratory: Laboratory, changes: Sequence[Change], steps: bool):  # type: ignore[no-untyped-def]
+def _measure_whole(laboratory: Laboratory, changes: Sequence[Change], steps: bool) -> Gain:
     device = laboratory.subject.device
     states = laboratory.state([]), laboratory.state(changes)
     if not steps:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from kpt_lightning.candidates.candidate import Candidate, Change, Stage
+from kpt_lightning.candidates.candidate import Candidate, Change, SelfChecking, Stage
 from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.decision import Decision
 from kpt_lightning.errors import KptError
 from kpt_lightning.measure.interleave import ROUNDS, Gain, measure_gain
 from kpt_lightning.measure.saved import peak_of, saved_bytes
@@ -98,6 +99,11 @@ def _tried(
         record = replace(record, gate=verdict.reason)
         if not verdict:
             return replace(record, reason=f"numbers differ: {verdict.reason}")
+        if isinstance(candidate, SelfChecking):
+            verdict = _self_check(laboratory, [*kept, change], candidate)
+            record = replace(record, gate=f"{record.gate}; {verdict.reason}")
+            if not verdict:
+                return replace(record, reason=f"numbers differ: {verdict.reason}")
         if time.monotonic() > laboratory.deadline:
             return replace(record, reason="no time left to measure it; raise max_seconds")
     with ExitStack() as guard:
@@ -114,6 +120,14 @@ def _tried(
     return replace(record, kept=keep, reason=reason)
 
 
+def _self_check(laboratory: Laboratory, changes: Sequence[Change], candidate: SelfChecking) -> Decision:
+    """Without compilation, which hides a model's insides."""
+    subject = laboratory.subject
+    eager = [change for change in changes if laboratory.lookup(change.candidate).stage is not Stage.COMPILE]
+    with laboratory.state(eager)(), evaluating(subject.model, laboratory.baseline.random), preserved(subject.model):
+        return candidate.check(subject, laboratory.work.loss)
+
+
 def judge_gain(gain: Gain) -> tuple[bool, str]:
     """Whether a gain is one, and why."""
     if gain.rounds < values_needed():
@@ -126,7 +140,7 @@ def judge_gain(gain: Gain) -> tuple[bool, str]:
     return True, "faster"
 
 
-def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numerics, baseline: Baseline) -> Any:
+def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numerics, baseline: Baseline) -> Decision:
     """Numbers of the model with ``changes`` against ``baseline``, as a decision."""
     subject = laboratory.subject
     with laboratory.state(changes)(), evaluating(subject.model, baseline.random), count_gemms() as gemms:

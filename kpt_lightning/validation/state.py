@@ -18,12 +18,16 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     """Run the model inside; afterwards all but its weights is what it was.
 
     Put back: gradients (there are none inside), ``requires_grad``, train mode, buffers, attributes of modules (numbers,
     containers and tensors in them), and the random state of Python, NumPy, torch and each CUDA device. Weights are not
     copied: a model whose own forward or backward pass writes to them is found out.
+
+    Args:
+        model: On any device.
+        weights: Whether writing to a parameter is an error; False where the caller puts them back.
 
     Raises:
         KptError: A parameter was written to.
@@ -34,7 +38,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         undo.callback(_buffers(model))
         undo.callback(_attributes(model))
         undo.callback(_gradients(model))
-        versions = [(name, each, each._version) for name, each in model.named_parameters()]
+        versions = [(name, each, each._version) for name, each in model.named_parameters() if weights]
         yield
     for name, each, version in versions:
         if each._version != version:
