@@ -63,7 +63,7 @@ def projections(module: nn.Module) -> list[str]:
     """
     own = any(each is not None for each in (*module._parameters.values(), *module._buffers.values()))
     weighty = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
-    linear = all(_reads_vectors(module.get_submodule(name)) for name in weighty)
+    linear = all(_is_linear(module.get_submodule(name)) for name in weighty)
     return weighty if len(weighty) == 3 and linear and not own else []
 
 
@@ -152,7 +152,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _reads_vectors(child: nn.Module) -> bool:
-    """Whether it may be a linear layer, plain or wrapped as by LoRA."""
-    weights = [each for each in child.parameters() if each.dim() > 1]
-    return bool(weights) and all(each.dim() == 2 for each in weights)
+def _is_linear(child: nn.Module) -> bool:
+    """nn.Linear, and what stands in for it and says its sizes, as LoRA's and quantized layers do."""
+    return isinstance(getattr(child, "in_features", None), int) and isinstance(
+        getattr(child, "out_features", None), int
+    )

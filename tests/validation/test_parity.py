@@ -268,3 +268,30 @@ def test_a_scale_at_which_the_module_overflows_is_left_out() -> None:
     assert verdict.reason.endswith("at scales 1")
     alone = compare_modules(module, lambda x: x.exp(), recorded(module, sample()), scales=(1000.0,))
     assert "NaN or infinity at every scale" in alone.reason
+
+
+class Tiny(nn.Module):
+    """Its result in fp16 is mostly lost where the input is small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x * 1e-2
+
+
+def test_where_the_module_itself_underflows_the_replacement_may_too() -> None:
+    module = Tiny()
+    call = recorded(module, sample(torch.float16))
+
+    verdict = compare_modules(module, lambda x: x * (x * 1e-2), call)
+    assert verdict, verdict.reason
+    assert not compare_modules(module, lambda x: x * (x * 1.1e-2), call)
+
+
+def test_a_module_that_computes_otherwise_in_float64_is_its_own_reference() -> None:
+    class Fickle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() if x.dtype is torch.float64 else x.cos()
+
+    module = Fickle()
+    call = recorded(module, sample())
+    assert compare_modules(module, lambda x: x.cos(), call, scales=(1.0, 1e-3))
+    assert not compare_modules(module, lambda x: x.sin(), call)
