@@ -125,6 +125,16 @@ def measure_workers(loader: DataLoader[Any], settings: Mapping[str, Any], batche
     return seconds
 
 
+def sample_batches(loader: DataLoader[Any], count: int) -> list[Any]:
+    """A few batches such as the loader gives, without taking any from it.
+
+    Raises:
+        KptError: See :func:`why_not_measurable`.
+    """
+    with _random_state_kept():
+        return [_fetch(loader, each) for each in _keys(loader, count)]
+
+
 def _keys(loader: DataLoader[Any], batches: int, skip: int = 0) -> list[Any]:
     """Keys of batches, spread over the dataset as a sampler of its kind would."""
     if reason := why_not_measurable(loader):
