@@ -1,6 +1,6 @@
 """The kernel that is chosen is the one that runs, and the choice ends with undo."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -137,14 +137,14 @@ def test_scores_that_would_fill_the_memory_are_not_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
+    ("make", "expected"),
     [
-        (llama(attn_implementation="eager"), "the model's attention is 'eager'"),
-        (nn.Sequential(nn.Embedding(96, 4)), "no call of scaled_dot_product_attention was seen"),
+        (lambda: llama(attn_implementation="eager"), "the model's attention is 'eager'"),
+        (lambda: nn.Sequential(nn.Embedding(96, 4)), "no call of scaled_dot_product_attention was seen"),
     ],
 )
-def test_without_a_call_the_reason_names_what_attention_is(model: nn.Module, expected: str) -> None:
-    (only,) = CANDIDATE.applies(subject(model, IDS))
+def test_without_a_call_the_reason_names_what_attention_is(make: Callable[[], nn.Module], expected: str) -> None:
+    (only,) = CANDIDATE.applies(subject(make(), IDS))
     assert isinstance(only, Rejected)
     assert expected in only.reason
 

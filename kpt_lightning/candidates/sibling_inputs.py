@@ -1,0 +1,76 @@
+"""Finding linear layers of one module that are called on the very same tensor, by watching a forward pass."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def siblings_with_one_input(model: nn.Module, run: Callable[[], Any]) -> list[list[str]]:
+    """Run once, all of it in eager mode, and compare the inputs of the linear children of each module by identity.
+
+    Args:
+        model: Whose modules are watched.
+        run: Does a forward pass.
+
+    Returns:
+        Groups of two or more names, each in the order of the calls: in every call of their parent all were called
+        once, with one positional argument, the same tensor object.
+    """
+    watches = [_Watch(name, parent) for name, parent in model.named_modules() if len(_children(parent)) > 1]
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+        for watch in watches:
+            watch.attach(hooks)
+        run()
+    return [group for watch in watches for group in watch.groups()]
+
+
+def _children(parent: nn.Module) -> dict[str, nn.Linear]:
+    return {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
+
+
+class _Watch:
+    """The calls of one parent."""
+
+    def __init__(self, name: str, parent: nn.Module) -> None:
+        self.parent, self.prefix = parent, f"{name}." if name else ""
+        # One entry per call of the parent: the children's names and inputs, in order.
+        self.open: list[tuple[str, Tensor | None]] | None = None
+        self.calls: list[list[list[str]]] = []
+
+    def attach(self, hooks: ExitStack) -> None:
+        begin = self.parent.register_forward_pre_hook(lambda *_: self._begin())
+        end = self.parent.register_forward_hook(lambda *_: self._end(), always_call=True)
+        hooks.callback(begin.remove)
+        hooks.callback(end.remove)
+        for name, child in _children(self.parent).items():
+            hooks.callback(child.register_forward_pre_hook(self._noter(name), with_kwargs=True).remove)
+
+    def groups(self) -> list[list[str]]:
+        """Those that were formed in every call alike."""
+        common = [group for group in self.calls[0] if all(group in call for call in self.calls)] if self.calls else []
+        return [[self.prefix + name for name in group] for group in common]
+
+    def _begin(self) -> None:
+        self.open = []
+
+    def _noter(self, name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.open is not None:
+                plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+                self.open.append((name, args[0] if plain else None))
+
+        return note
+
+    def _end(self) -> None:
+        noted, self.open = self.open or [], None
+        once = [(name, x) for name, x in noted if x is not None and sum(name == other for other, _ in noted) == 1]
+        groups: list[list[str]] = []
+        # The tensors are alive here, so identities are not reused.
+        for x in {id(each): each for _, each in once}.values():
+            names = [name for name, other in once if other is x]
+            if len(names) > 1:
+                groups.append(names)
+        self.calls.append(groups)
