@@ -41,6 +41,8 @@ class CompileModel:
 
     def applies(self, subject: Subject) -> Sequence[Change | Rejected]:
         """One change, or two on CUDA where launches are what takes the time."""
+        if subject.config.compile.blocks is False:
+            return [Rejected(self.name, "switched off by compile.blocks=False")]
         if reason := _why_not(subject.model):
             return [Rejected(self.name, reason)]
         if not subject.calls:
