@@ -1,13 +1,16 @@
 """The state that others are compared with: what it gives, and how far rounding alone moves that."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.validation.reading import SEED, Distance, Pass, Reading, distance, read
+from kpt_lightning.validation.gates import Numerics, gate
+from kpt_lightning.validation.reading import SEED, Distance, Pass, Reading, distance, judge, read
 from kpt_lightning.validation.rounding import rounding_noise
 
 
@@ -45,10 +48,25 @@ def take_baseline(subject: Subject, forward: Pass) -> Baseline:
         if random and _differ(first, read(model, forward, seed=SEED + 1)):
             note = "random in eval mode too: compared with equal seeds"
         moved = [distance(first, read(model, forward))]
-        for _ in range(2):
-            with rounding_noise(model, subject.compute_dtype):
-                moved.append(distance(first, read(model, forward)))
-    return Baseline(first, _widest(moved), random, note)
+        try:
+            eager, shaken = _uncompiled(subject, forward)
+        except torch.OutOfMemoryError:
+            return Baseline(first, _widest(moved), random, note or "no room to measure what rounding moves")
+    rounding = _widest([*moved, *(distance(eager, each) for each in shaken)])
+    same = judge(distance(eager, first), gate(Numerics.ROUNDING, subject.compute_dtype), rounding)
+    if not same:
+        reason = f"the model, as you compiled it, differs from itself uncompiled: {same.reason}"
+        warnings.warn(f"kpt: {reason}", stacklevel=2)
+        note = "; ".join(filter(None, (note, reason)))
+    return Baseline(first, rounding, random, note)
+
+
+def _uncompiled(subject: Subject, forward: Pass) -> tuple[Reading, list[Reading]]:
+    """One reading, and two with rounding noise: hooks do not reach into code that the user compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        eager = read(subject.model, forward)
+        with rounding_noise(subject.model, subject.compute_dtype):
+            return eager, [read(subject.model, forward) for _ in range(2)]
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.candidate import Candidate, Change, Stage
 from kpt_lightning.candidates.subject import Subject
@@ -19,13 +21,13 @@ from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.work import Work, resampled
 from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.gates import Numerics, gate
-from kpt_lightning.validation.loss_run import REPEATS, judge_losses, losses_after, room_for_weights
+from kpt_lightning.validation.loss_run import STEPS, judge_losses, losses_after, room_for_weights
+from kpt_lightning.validation.reading import read
 from kpt_lightning.validation.state import preserved
 
 Say = Callable[[str], None]
 
 _LEVELS = tuple(Level)
-_DEFAULT_RATE, _HIGHEST_RATE = 3e-4, 1e-3
 
 
 @dataclass(slots=True)
@@ -91,8 +93,9 @@ def search(
 def _first_look(subject: Subject, work: Work) -> Baseline:
     """Run the unchanged model; what fails here is the user's."""
     try:
-        with preserved(subject.model):
-            subject.calls = record_calls(subject.model, work.loss)
+        # As it is, before anything looks on: what the user compiles must not be compiled with an observer inside.
+        read(subject.model, work.loss_and_outputs)
+        _record(subject, work)
         baseline = take_baseline(subject, work.loss_and_outputs)
         subject.step_seconds = _seconds(subject, work)
     except KptError:
@@ -103,6 +106,11 @@ def _first_look(subject: Subject, work: Work) -> Baseline:
             f"{' '.join(str(error).split())[:300]}. Make one forward and backward pass work first"
         ) from error
     return baseline
+
+
+def _record(subject: Subject, work: Work) -> None:
+    with preserved(subject.model), torch.compiler.set_stance("force_eager"):
+        subject.calls = record_calls(subject.model, work.loss)
 
 
 def _seconds(subject: Subject, work: Work) -> float:
@@ -119,8 +127,6 @@ def _seconds(subject: Subject, work: Work) -> float:
 
 def _wait(subject: Subject) -> None:
     if subject.device.type == "cuda":
-        import torch
-
         torch.cuda.synchronize(subject.device)
 
 
@@ -137,23 +143,27 @@ def _try_candidate(
             outcome.trials.append(replace(late, what=proposal.reason, setting=dict(proposal.setting)))
         else:
             record = try_change(laboratory, outcome.changes, proposal)
-            if record.kept and candidate.numerics is Numerics.PRECISION:
-                record = losses.judged(record, [*outcome.changes, proposal])
-            say(f"{candidate.name}: {proposal.reason}: {'kept' if record.kept else 'not kept'}, {record.reason}")
+            say(f"{candidate.name}: {proposal.reason}: {'passes' if record.kept else 'not kept'}, {record.reason}")
             records.append((record, proposal))
-    best = max((record for record, _ in records if record.kept), key=_worth, default=None)
-    for record, proposal in records:
-        if record.kept and record is not best:
+    chosen = False
+    for record, proposal in sorted(records, key=_worth):
+        if record.kept and chosen:
             record = replace(record, kept=False, reason="an alternative is better")
-        elif record.kept:
+        elif record.kept and candidate.numerics is Numerics.PRECISION:
+            record = losses.judged(record, [*outcome.changes, proposal])
+            say(f"{candidate.name}: {proposal.reason}: {'kept' if record.kept else record.reason}")
+        if record.kept:
+            chosen = True
             outcome.changes.append(proposal)
         outcome.trials.append(record)
-    if best is not None and candidate.numerics is Numerics.PRECISION:
+    if chosen and candidate.numerics is Numerics.PRECISION:
         _new_baseline(laboratory, outcome.changes)
 
 
-def _worth(record: TrialRecord) -> float:
-    return record.gain or 0.0
+def _worth(tried: tuple[TrialRecord, Change]) -> float:
+    """The best first: the fastest, or the one that saves most."""
+    record = tried[0]
+    return -(record.gain or 0.0) if tried[1].saves_bytes is None else float(record.memory_bytes or 0)
 
 
 def _proposals(laboratory: Laboratory, candidate: Candidate, kept: Sequence[Change]) -> Sequence[Change | Rejected]:
@@ -180,6 +190,7 @@ def _new_baseline(laboratory: Laboratory, kept: Sequence[Change]) -> None:
     """Changes of precision were judged; what follows is compared with the model in its new precision."""
     eager = [change for change in kept if laboratory.lookup(change.candidate).stage is not Stage.COMPILE]
     with applied(laboratory.subject, eager, laboratory.lookup):
+        _record(laboratory.subject, laboratory.work)
         laboratory.baseline = take_baseline(laboratory.subject, laboratory.work.loss_and_outputs)
 
 
@@ -211,16 +222,16 @@ class _LossGate:
             return float(self._laboratory.work.loss().detach())
 
     def _losses(self, changes: Sequence[Change]) -> list[float]:
-        laboratory, found = self._laboratory, []
-        optimizer = laboratory.subject.optimizer
-        rate = _DEFAULT_RATE if optimizer is None else min(float(optimizer.param_groups[0]["lr"]), _HIGHEST_RATE)
+        laboratory = self._laboratory
+
+        def step(seed: int, number: int) -> torch.Tensor:
+            if number == STEPS:
+                return laboratory.work.loss()
+            with resampled(laboratory.work, 1000 * seed + number):
+                return laboratory.work.loss()
+
         with applied(laboratory.subject, changes, laboratory.lookup):
-            for seed in range(REPEATS):
-                with resampled(laboratory.work, seed):
-                    found += losses_after(
-                        laboratory.subject.model, lambda _: laboratory.work.loss(), learning_rate=rate, seeds=[seed]
-                    )
-        return found
+            return losses_after(laboratory.subject.model, step)
 
 
 def _judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say: Say) -> None:

@@ -1,4 +1,4 @@
-"""A short training run from the present weights, which are put back bit for bit from a copy on the host."""
+"""A short training run from the present weights, which are put back bit for bit from a copy."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,46 +11,50 @@ from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.validation.state import preserved, seed_all
 
 STEPS = 8
-REPEATS = 3
-"""Runs of each side, with seeds and batch orders of their own, the same for both sides."""
+SEEDS = (0, 1, 2)
+"""Runs of each side, with random numbers and batch orders of their own, the same for both sides."""
 
-_NOISE_FLOOR = 0.01
-"""Of the fall of the loss: repeats that agree better than that are no reason to reject."""
+_UPDATE = 0.02
+"""Each step moves a weight tensor by this share of its norm: in 8 steps the loss falls far beyond its noise, and a
+model that trains does not diverge."""
+
+_SMALLEST_DIFFERENCE = 0.1
+"""Of the fall of the loss. So few steps on so few rows fit noise as much as data, and rounding slows that down: FP8
+that ends 300 steps on real text level with bf16 is some per cent of the fall behind here."""
 
 
 def room_for_weights(model: nn.Module) -> Decision:
-    """Whether the host has room for a copy of the trainable weights."""
-    needed = sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
-    free = psutil.virtual_memory().available
+    """Whether device or host have room for a copy of the trainable weights."""
+    needed = _bytes(model)
+    free = max(psutil.virtual_memory().available, _free_on_device(model))
     if needed > 0.8 * free:
-        return Rejected("loss run", f"a copy of {needed / 1e9:.1f} GB of weights on the host, {free / 1e9:.1f} GB free")
-    return Accepted("loss run", f"{needed / 1e9:.1f} GB of weights kept on the host")
+        return Rejected("loss run", f"a copy of {needed / 1e9:.1f} GB of weights has no room, {free / 1e9:.1f} GB free")
+    return Accepted("loss run", f"{needed / 1e9:.1f} GB of weights kept")
 
 
 def losses_after(
-    model: nn.Module, step: Callable[[int], Tensor], *, learning_rate: float, seeds: Sequence[int], steps: int = STEPS
+    model: nn.Module, step: Callable[[int, int], Tensor], *, seeds: Sequence[int] = SEEDS, steps: int = STEPS
 ) -> list[float]:
     """Loss after a few steps, once for each seed, each time from the same weights.
 
-    The update is ``-learning_rate * sign(gradient)``, which is Adam's first step (https://arxiv.org/abs/1412.6980,
-    section 2.1) and needs no state.
+    The update of each tensor is its gradient at a fixed share of the tensor's norm, which needs no state and no
+    learning rate (layer-wise scaling: https://arxiv.org/abs/1708.03888).
 
     Args:
         model: Its weights are put back.
-        step: Number of the step to the loss, with its graph.
-        learning_rate: Change of each weight a step.
-        seeds: For all generators and the order of rows.
+        step: (seed, number of the step) to a loss with its graph; number ``steps`` is the last and only read.
+        seeds: Runs.
         steps: How many before the loss is read.
     """
     found = []
-    for seed in seeds:
-        with preserved_weights(model), preserved(model):
+    with preserved_weights(model) as put_back, preserved(model):
+        for seed in seeds:
+            put_back()
             seed_all(seed)
             for number in range(steps):
-                loss = step(number)
-                loss.backward()  # type: ignore[no-untyped-call]
-                _update(model, learning_rate)
-            found.append(float(step(steps).detach()))
+                step(seed, number).backward()  # type: ignore[no-untyped-call]
+                _update(model)
+            found.append(float(step(seed, steps).detach()))
     return found
 
 
@@ -64,27 +68,55 @@ def judge_losses(plain: Sequence[float], changed: Sequence[float], start: float,
         spreads: How many spreads of ``plain`` the mean of ``changed`` may be above the mean of ``plain``.
     """
     mean, new = sum(plain) / len(plain), sum(changed) / len(changed)
-    spread = max(max(plain) - min(plain), _NOISE_FLOOR * abs(start - mean))
-    text = f"loss {new:.4f} after {STEPS} steps, unchanged {mean:.4f} +- {spread:.4f}, from {start:.4f}"
-    return Accepted("loss run", text) if new <= mean + spreads * spread else Rejected("loss run", text)
+    allowed = max(spreads * (max(plain) - min(plain)), _SMALLEST_DIFFERENCE * abs(start - mean))
+    text = f"loss {new:.4f} after {STEPS} steps, unchanged {mean:.4f} and {allowed:.4f} allowed, from {start:.4f}"
+    return Accepted("loss run", text) if new <= mean + allowed else Rejected("loss run", text)
 
 
 @contextmanager
-def preserved_weights(model: nn.Module) -> Iterator[None]:
-    """Copy trainable weights to the host and back."""
-    kept = [(each, each.detach().to("cpu", copy=True)) for each in model.parameters() if each.requires_grad]
+def preserved_weights(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Copy trainable weights, on the device where there is plenty of room, else to the host; put them back at the end.
+
+    Yields:
+        Puts them back at once.
+    """
+    on_device = _bytes(model) < 0.5 * _free_on_device(model)
+    kept = [
+        (each, each.detach().clone() if on_device else each.detach().to("cpu", copy=True))
+        for each in model.parameters()
+        if each.requires_grad
+    ]
+
+    def put_back() -> None:
+        for each, copy in kept:
+            # Past the version counter: what is put back was never changed.
+            each.data.copy_(copy)
+
     try:
-        yield
+        yield put_back
     finally:
-        with torch.no_grad():
-            for each, copy in kept:
-                # Past the version counter: what is put back was never changed.
-                each.data.copy_(copy)
+        put_back()
 
 
-def _update(model: nn.Module, learning_rate: float) -> None:
+def _bytes(model: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+
+
+def _free_on_device(model: nn.Module) -> int:
+    """Bytes that the weights' CUDA device has free, what torch's allocator holds unused included; 0 elsewhere."""
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _update(model: nn.Module) -> None:
     with torch.no_grad():
         for each in model.parameters():
             if each.grad is not None:
-                each.data.add_(each.grad.sign(), alpha=-learning_rate)
+                size, slope = each.detach().norm(), each.grad.norm()
+                # A tensor of zeros, such as a fresh bias, moves as one of unit norm would.
+                share = _UPDATE * torch.where(size > 0, size, torch.ones_like(size)) / slope.clamp_min(1e-30)
+                each.data.sub_(each.grad * share.to(each.grad.dtype))
                 each.grad = None
