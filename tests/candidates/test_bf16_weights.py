@@ -20,6 +20,9 @@ needs_torchao = pytest.mark.skipif(not TORCHAO.available(), reason=TORCHAO.avail
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torchao"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torchao"),
+    # torch's advice while it compiles for a GPU.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

@@ -66,13 +66,21 @@ def test_the_numbers_stay_and_undo_restores_every_stride_and_bit(device: str) ->
     assert change.setting == {"modules": ["0", "3", "4"]}
     applied = CANDIDATE.apply(on, Change.from_dict(change.to_dict()).setting)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert model[0](data(model)).is_contiguous(memory_format=torch.channels_last)
     for one, other in zip(exact, results(model), strict=True):
         torch.testing.assert_close(one, other)
     CANDIDATE.undo(on, applied)
     assert facts(model) == before
     for name, each in model.state_dict().items():
         assert name.startswith("1.") or torch.equal(each, weights[name])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_activations_follow_the_weights(device: str) -> None:
+    model = network().to(device)
+    on = subject(model)
+    assert model[0](data(model)).is_contiguous()
+    CANDIDATE.apply(on, CANDIDATE.applies(on)[0].setting)
+    assert model[0](data(model)).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("foreach", [False, True])

@@ -23,6 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:OptimState.* does not implement _stable_hash_for_caching:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torchao"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torchao"),
+    # torch's advice while it compiles for a GPU.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
