@@ -15,7 +15,9 @@ def traced_call(module: nn.Module) -> Callable[..., Any]:
     (torch 2.13, ``torch/_dynamo/eval_frame.py``, where the frame named ``_call_impl`` is exempt from being wrapped).
     """
 
+    traced: Any = module
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
+        return traced._call_impl(*args, **kwargs)
 
     return call
