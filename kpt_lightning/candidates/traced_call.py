@@ -14,7 +14,6 @@ def traced_call(module: nn.Module) -> Callable[..., Any]:
     ``nn.TransformerEncoderLayer`` is then not compiled at all, without a word
     (torch 2.13, ``torch/_dynamo/eval_frame.py``, where the frame named ``_call_impl`` is exempt from being wrapped).
     """
-
     traced: Any = module
 
     def call(*args: Any, **kwargs: Any) -> Any:
