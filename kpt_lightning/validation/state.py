@@ -2,48 +2,51 @@
 
 import random
 import sys
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kpt_lightning.errors import KptError
-
-# Slots that hold what is looked after by name, or what only candidates and users change.
-_OWN_SLOTS = frozenset({"_parameters", "_buffers", "_modules", "training"})
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+from kpt_lightning.validation.reachable import survey
 
 
 @contextmanager
 def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     """Run the model inside; afterwards all but its weights is what it was.
 
-    Put back: gradients (there are none inside), ``requires_grad``, train mode, buffers, attributes of modules (numbers,
-    containers and tensors in them), and the random state of Python, NumPy, torch and each CUDA device. Weights are not
-    copied: a model whose own forward or backward pass writes to them is found out.
+    Put back: gradients (there are none inside), ``requires_grad``, train mode, buffers, attributes of modules with all
+    that ``validation.reachable.survey`` finds in them, and the random state of Python, NumPy, torch and each CUDA
+    device. Weights are not copied: a model whose own forward or backward pass writes to them is found out, unless it
+    does so through ``.data``.
 
     Args:
         model: On any device.
         weights: Whether writing to a parameter is an error; False where the caller puts them back.
 
     Raises:
-        KptError: A parameter was written to.
+        KptError: A parameter was written to, or has no size yet.
     """
+    _refuse_lazy(model)
     with ExitStack() as undo:
         undo.callback(_rng())
-        undo.callback(_flags(model))
-        undo.callback(_buffers(model))
-        undo.callback(_attributes(model))
-        undo.callback(_gradients(model))
-        versions = [(name, each, each._version) for name, each in model.named_parameters() if weights]
+        found = survey(model)
+        leaves = [*found.parameters, *(each for each in found.tensors if each.is_leaf and each.requires_grad)]
+        for back in found.restore:
+            undo.callback(back)
+        undo.callback(_flags(leaves))
+        aliases, own = _split(found.tensors, found.parameters)
+        for each in own:
+            undo.callback(_content(each))
+        undo.callback(_gradients(leaves))
+        watched = [*found.parameters, *aliases] if weights else []
+        versions = [(each, each._version) for each in watched if not each.is_inference()]
         yield
-    for name, each, version in versions:
+    for each, version in versions:
         if each._version != version:
             raise KptError(
-                f"the model writes to its own parameter {name!r} in a forward or backward pass, so nothing can be "
+                f"the model writes to its own {_name(model, each)} in a forward or backward pass, so nothing can be "
                 "tried on it without changing it. Train it with a plan by rules"
             )
 
@@ -51,9 +54,20 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
 def seed_all(seed: int) -> None:
     """Seed every generator that :func:`preserved` puts back."""
     random.seed(seed)
-    torch.manual_seed(seed)
+    # torch.manual_seed would also seed devices that are not in use, at their first use.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, each in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(each):
+            raise KptError(
+                f"{name!r} has no size before the first forward pass, which would make it. Run the model once before"
+            )
 
 
 def _rng() -> Callable[[], None]:
@@ -73,8 +87,8 @@ def _rng() -> Callable[[], None]:
     return restore
 
 
-def _gradients(model: nn.Module) -> Callable[[], None]:
-    saved = [(each, each.grad) for each in model.parameters()]
+def _gradients(leaves: Sequence[Tensor]) -> Callable[[], None]:
+    saved = [(each, each.grad) for each in leaves]
     for each, _ in saved:
         each.grad = None
 
@@ -85,106 +99,72 @@ def _gradients(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _flags(model: nn.Module) -> Callable[[], None]:
-    training = [(module, module.training) for module in model.modules()]
-    needs_grad = [(each, each.requires_grad) for each in model.parameters()]
+def _flags(leaves: Sequence[Tensor]) -> Callable[[], None]:
+    saved = [(each, each.requires_grad) for each in leaves]
 
     def restore() -> None:
-        for module, flag in training:
-            module.training = flag
-        for each, flag in needs_grad:
+        for each, flag in saved:
             each.requires_grad_(flag)
 
     return restore
 
 
-def _buffers(model: nn.Module) -> Callable[[], None]:
-    saved = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    names = [(module, frozenset(module._buffers)) for module in model.modules()]
+def _split(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Other names of a weight's memory, which need no copy, and tensors with content of their own."""
+    weights = {place for each in parameters if (place := _place(each))}
+    aliases = [each for each in tensors if _place(each) in weights]
+    return aliases, [each for each in tensors if _place(each) not in weights and not _fixed(each)]
+
+
+def _fixed(tensor: Tensor) -> bool:
+    """Without data, or made in inference mode: nothing outside of it can write there."""
+    return tensor.is_meta or tensor.is_inference()
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
+    # Tensors of other forms and classes have no storage of their own to ask for.
+    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return None
+    pointer = tensor.untyped_storage().data_ptr()
+    return (tensor.device, pointer) if pointer else None
+
+
+def _content(tensor: Tensor) -> Callable[[], None]:
+    copy, version, shape = _elements(tensor).detach().clone(), tensor._version, tensor.shape
 
     def restore() -> None:
-        for module, known in names:
-            for name in set(module._buffers) - known:
-                del module._buffers[name]
-        for module, name, buffer, copy in saved:
-            if buffer is not None and copy is not None:
-                with torch.no_grad():
-                    _write(buffer, copy)
-            module._buffers[name] = buffer
+        now = _elements(tensor)
+        if now.shape != copy.shape or now.dtype != copy.dtype:
+            tensor.data = copy.expand(shape)
+        elif tensor._version != version or not _equal(now, copy):
+            with torch.no_grad():
+                now.copy_(copy)
 
     return restore
 
 
-def _write(tensor: Tensor, copy: Tensor) -> None:
-    if tensor.shape == copy.shape:
-        tensor.detach().copy_(copy)
-    else:
-        tensor.data = copy
-
-
-def _attributes(model: nn.Module) -> Callable[[], None]:
-    saved = [(module, {name: _copy(value) for name, value in _plain(module)}) for module in model.modules()]
-
-    def restore() -> None:
-        for module, values in saved:
-            for name in [name for name, _ in _plain(module) if name not in values]:
-                del vars(module)[name]
-            for name, back in values.items():
-                vars(module)[name] = back()
-
-    return restore
-
-
-def _plain(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(module).items() if name not in _OWN_SLOTS]
-
-
-def _copy(value: Any) -> Callable[[], Any]:
-    """A function that gives the very object back, with the content that it has now."""
-    if isinstance(value, Tensor):
-        copy = value.detach().clone()
-
-        def tensor() -> Tensor:
-            if value._version != version:
-                with torch.no_grad():
-                    _write(value, copy)
-            return value
-
-        version = value._version
+def _elements(tensor: Tensor) -> Tensor:
+    """Each element once: expanded dimensions, which cannot be written to, as one."""
+    if tensor.layout is not torch.strided:
+        # Detached, its parts could be replaced without the tensor's knowledge.
         return tensor
-    if type(value) in _CONTAINERS:
-        return _copy_container(value)
-    return lambda: value
+    plain = tensor.detach()
+    if type(plain) is Tensor:
+        for dim, stride in enumerate(plain.stride()):
+            if stride == 0 and plain.shape[dim] > 1:
+                plain = plain.narrow(dim, 0, 1)
+    return plain
 
 
-def _copy_container(value: Any) -> Callable[[], Any]:
-    if isinstance(value, dict):
-        items = {key: _copy(item) for key, item in value.items()}
+def _equal(now: Tensor, before: Tensor) -> bool:
+    """Past the version counter, which a write through ``.data`` does not move. A needless write would move it."""
+    if now.layout is not torch.strided:
+        # Its values have a counter of their own.
+        return False
+    return type(now) is not Tensor or torch.equal(now, before)
 
-        def mapping() -> Any:
-            value.clear()
-            value.update({key: back() for key, back in items.items()})
-            return value
 
-        return mapping
-    if isinstance(value, set):
-        members = set(value)
-
-        def unordered() -> Any:
-            value.clear()
-            value.update(members)
-            return value
-
-        return unordered
-    parts = [_copy(item) for item in value]
-
-    def sequence() -> Any:
-        value.clear()
-        value.extend(back() for back in parts)
-        return value
-
-    return sequence
+def _name(model: nn.Module, tensor: Tensor) -> str:
+    place = _place(tensor)
+    names = [name for name, each in model.named_parameters() if each is tensor or (place and _place(each) == place)]
+    return f"parameter {names[0]!r}" if names else f"hidden parameter of shape {tuple(tensor.shape)}"
