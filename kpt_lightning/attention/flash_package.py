@@ -1,32 +1,38 @@
 """Newer flash attention kernels of other packages, put behind torch's own flash operator."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import util
 from typing import Any
 
 import torch
 
+from kpt_lightning.attention import flash_attn_4
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.optional import FLASH_ATTN_4
 
-IMPLEMENTATIONS = {"fa3": "FA3", "fa4": "FA4"}
-"""Our name to torch's."""
+# torch's registry by its name there; FlashAttention 4 goes in under a name of ours, with functions of ours.
+IMPLEMENTATIONS = {"fa3": "FA3", "fa4": "KPT_FA4"}
+"""Backend to the name under which torch knows the implementation."""
 
 
 def available(backend: str) -> Decision:
     """Whether torch can put the package behind its flash operator. Nothing is imported."""
-    attention: Any = torch.nn.attention
-    known: list[str] = (
-        attention.list_flash_attention_impls() if hasattr(attention, "list_flash_attention_impls") else []
-    )
-    if IMPLEMENTATIONS[backend] not in known:
-        return Rejected(backend, f"torch {torch.__version__} knows no {IMPLEMENTATIONS[backend]}")
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return Rejected(backend, f"torch {torch.__version__} cannot exchange its flash kernel; 2.11 can")
     if backend == "fa4":
         return FLASH_ATTN_4.available()
     if util.find_spec("flash_attn_interface") is None:
         return Rejected(backend, "flash_attn_interface, the package of FlashAttention 3, is not installed")
     return Accepted(backend, "flash_attn_interface is installed")
+
+
+def running() -> str | None:
+    """The backend that is in force instead of torch's own flash kernel, None where that is."""
+    current = _current()
+    names = {"FA3": "fa3", "FA4": "fa4", "KPT_FA4": "fa4"}
+    return None if current is None else names.get(current, "package")
 
 
 def activate(backend: str) -> str | None:
@@ -35,19 +41,22 @@ def activate(backend: str) -> str | None:
     Returns:
         What was in force before, for :func:`restore`.
     """
-    attention: Any = torch.nn.attention
-    before: str | None = attention.current_flash_attention_impl()
-    attention.activate_flash_attention_impl(IMPLEMENTATIONS[backend])
+    before = _current()
+    if backend == "fa4":
+        _register_fa4()
+    with ExitStack() as undo:
+        undo.callback(restore, before)
+        _attention().activate_flash_attention_impl(IMPLEMENTATIONS[backend])
+        undo.pop_all()
     return before
 
 
 def restore(before: str | None) -> None:
     """Undo :func:`activate`."""
-    attention: Any = torch.nn.attention
-    if before is None:
-        attention.restore_flash_attention_impl()
-    else:
-        attention.activate_flash_attention_impl(before)
+    if before is not None:
+        _attention().activate_flash_attention_impl(before)
+    elif _current() is not None:
+        _attention().restore_flash_attention_impl()
 
 
 @contextmanager
@@ -61,3 +70,19 @@ def activated(backend: str) -> Iterator[None]:
         yield
     finally:
         restore(before)
+
+
+def _attention() -> Any:
+    return torch.nn.attention
+
+
+def _current() -> str | None:
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
+
+
+def _register_fa4() -> None:
+    from torch.nn.attention import _fa4
+
+    enter = partial(_fa4.register_flash_attention_fa4, module_path=flash_attn_4.__name__)
+    _attention().register_flash_attention_impl(IMPLEMENTATIONS["fa4"], register_fn=enter)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kpt_lightning.attention.call import AttentionCall
+from kpt_lightning.attention.flash_package import running
 from kpt_lightning.errors import KptError
 
 # Operators of aten that carry out scaled_dot_product_attention, forward:
@@ -124,5 +125,4 @@ def _implementation(name: str, backend: str) -> str:
     """The flash operator of torch may have been given to another library's kernel."""
     if name != "aten::_scaled_dot_product_flash_attention":
         return backend
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
-    return (current() or backend).lower() if current is not None else backend
+    return running() or backend

@@ -73,16 +73,17 @@ class AttentionBackend:
     def _propose(self, subject: Subject, calls: Counter[AttentionCall], backend: str) -> Change | Rejected:
         if backend in flash_package.IMPLEMENTATIONS and not (verdict := flash_package.available(backend)):
             return Rejected(self.name, f"{TITLES[backend]}: {verdict.reason}")
-        saved, texts = 0.0, []
+        saved, surely, texts = 0.0, 0.0, []
         for call, count in calls.items():
             gain = try_backend(call, backend, subject.forward_context, subject.device)
             if isinstance(gain, Rejected):
                 return Rejected(self.name, f"{TITLES[backend]} does not take {call}: {gain.reason}")
             saved += count * (gain.before - gain.after)
+            surely += count * gain.before * (1 - 1 / max(gain.low, 1e-9))
             texts.append(f"{1e3 * gain.before:.3g} -> {1e3 * gain.after:.3g} ms for each of {count}: {call}")
         text = f"{TITLES[backend]}, forward and backward alone: {'; '.join(texts)}"
-        if saved <= 0:
-            return Rejected(self.name, f"no faster: {text}")
+        if min(saved, surely) <= 0:
+            return Rejected(self.name, f"not measurably faster: {text}")
         return Change(
             candidate=self.name, setting={"backend": backend}, reason=text, predicted=_predicted(subject, saved)
         )

@@ -1,5 +1,6 @@
 """The kernel that is chosen is the one that runs, and the choice ends with undo."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from kpt_lightning.decision import Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.hardware import detect
 from kpt_lightning.validation.calls import record_calls
+from kpt_lightning.validation.numerics import sqnr_db
 
 
 class Attention(nn.Module):
@@ -55,10 +57,11 @@ def subject(model: nn.Module, *inputs: Tensor, **known: Any) -> Subject:
 
 def llama(**changes: Any) -> Any:
     torch.manual_seed(0)
-    settings = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=96, pad_token_id=0, num_key_value_heads=2, **{**settings, **changes})
-    )
+    settings = {
+        "vocab_size": 96, "pad_token_id": 0, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
 
 
 IDS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -178,8 +181,10 @@ def test_each_backend_of_cuda_runs_when_it_is_chosen(backend: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of the compiler
 def test_blocks_compiled_under_their_own_key_keep_to_the_chosen_backend_on_cuda() -> None:
-    model = llama(hidden_size=256).cuda().bfloat16()
+    # Memory-efficient attention takes no grouped heads.
+    model = llama(hidden_size=256, num_key_value_heads=4).cuda().bfloat16()
     ids = IDS.cuda()
     for backend in ("efficient", "flash", "cudnn"):
         on = subject(model, key=backend)
@@ -214,18 +219,44 @@ def test_a_call_that_the_chosen_kernel_cannot_take_falls_through_to_another() ->
 
 
 @pytest.mark.sm90
-def test_flash_attention_4_replaces_torchs_kernel_and_leaves_again() -> None:
+@pytest.mark.parametrize("key_heads", [8, 2])
+def test_flash_attention_4_replaces_torchs_kernel_and_leaves_again(key_heads: int) -> None:
     if not (verdict := flash_package.available("fa4")):
         pytest.skip(verdict.reason)
-    model = Attention(heads=8, size=64).cuda().bfloat16()
-    x = torch.randn(2, 256, 512, device="cuda", dtype=torch.bfloat16)
-    on = subject(model, x)
+    q = torch.randn(2, 8, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(2, key_heads, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
+
+    def results() -> list[Tensor]:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=key_heads != 8)
+        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+
     with preferring("flash"):
-        exact = model(x)
+        exact = results()
+    on = subject(Attention().cuda())
     applied = CANDIDATE.apply(on, {"backend": "fa4"})
-    assert backends(on, model, x) == {"fa4"}
     with on.forward_context():
-        torch.testing.assert_close(model(x), exact, rtol=1e-2, atol=1e-3)
+        (call,) = observe_attention(results)
+        found = results()
     CANDIDATE.undo(on, applied)
+    assert call.backend == "fa4"
+    for one, other in zip(found, exact, strict=True):
+        assert sqnr_db(other, one) > 40
     with preferring("flash"):
-        assert backends(on, model, x) == {"flash"}
+        (call,) = observe_attention(results)
+    assert call.backend == "flash"
+
+
+def test_the_glue_of_torch_for_flash_attention_4_unpacks_what_ours_returns() -> None:
+    from torch.nn.attention import _fa4
+
+    source = inspect.getsource(_fa4)
+    assert "out, lse = module._flash_attn_fwd(" in source
+    assert "dq, dk, dv = module._flash_attn_bwd(" in source
+    assert "module_path" in inspect.signature(_fa4.register_flash_attention_fa4).parameters
+
+
+@pytest.mark.skipif(bool(flash_package.available("fa3")), reason="FlashAttention 3 is installed")
+def test_a_package_that_is_missing_leaves_torchs_kernel_in_force() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        flash_package.activate("fa3")
+    assert flash_package.running() is None

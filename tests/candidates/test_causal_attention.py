@@ -210,6 +210,7 @@ def test_wholes_are_the_outermost_compiled_modules_with_their_blocks(make: Calla
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of the compiler
 def test_on_cuda_the_trap_is_found_and_blocks_attend_causally_in_one_fused_kernel() -> None:
     model = llama().cuda().bfloat16()
     model.compile()

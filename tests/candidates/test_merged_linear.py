@@ -277,6 +277,7 @@ def test_a_plan_of_another_model_is_refused_and_nothing_changes(group: list[str]
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of the compiler
 def test_on_cuda_compiled_blocks_with_merged_layers_give_the_same_gradients() -> None:
     model, _ = build("llama")
     model = model.cuda()
