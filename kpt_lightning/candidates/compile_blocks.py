@@ -11,6 +11,7 @@ from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.inductor import Inductor
 from kpt_lightning.candidates.key_value_cache import restore_cache, switch_off_cache
 from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.candidates.traced_call import traced_call
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import ConfigError
@@ -62,8 +63,8 @@ def compile_blocks(model: nn.Module, names: Iterable[str], key: str = "") -> lis
         raise ConfigError("plan.compile_blocks", unknown[0], "is no module of this model", "Make a new plan")
     blocks = [modules[name] for name in names]
     for block in blocks:
-        # Past a method of the same name that the block's class may have.
-        nn.Module.compile(block, backend=Inductor(key))
+        # What nn.Module.compile does, with a frame that is traced for torch's own classes too.
+        block._compiled_call_impl = torch.compile(traced_call(block), backend=Inductor(key))
     return blocks
 
 

@@ -76,10 +76,10 @@ def measure_gain(
     """
     ratios: list[float] = []
     times: tuple[list[float], list[float]] = ([], [])
-    steps = max(_steps_a_visit(first, run, device), _steps_a_visit(second, run, device))
+    steps = _steps_a_visit(first, run, device), _steps_a_visit(second, run, device)
     for number in range(rounds):
         order = (0, 1) if number % 2 == 0 else (1, 0)
-        seconds = {which: _visit((first, second)[which], run, device, steps) for which in order}
+        seconds = {which: _visit((first, second)[which], run, device, steps[which]) for which in order}
         for which in order:
             times[which].append(seconds[which])
         ratios.append(math.log(seconds[0] / seconds[1]))

@@ -209,6 +209,6 @@ def _reasons(trial: TrialRecord) -> list[str]:
         lines.append(f"numbers: {trial.gate}")
     if trial.memory_bytes is not None:
         lines.append(f"peak memory {trial.memory_bytes / 1e6:+,.0f} MB")
-    if trial.gain is not None or not trial.kept:
+    if trial.gain is not None or trial.gate:
         lines.append(f"level {trial.level}")
     return lines

@@ -254,6 +254,9 @@ def _judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say:
                 outcome.whole = replace(record, kept=True, reason="only data loading is changed", gate=verdict.reason)
                 return
             gain = _measure_whole(laboratory, outcome.changes, Stage.OPTIMIZER in stages)
+            if not judge_gain(gain)[0] and gain.ratio > 1.0:
+                # Each part was surely faster by itself: noise is the likelier reason.
+                gain = _measure_whole(laboratory, outcome.changes, Stage.OPTIMIZER in stages)
     except Exception as error:  # noqa: BLE001  together they may fail where each alone did not
         reason = f"failed together: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         _drop_all(outcome, replace(record, reason=reason), say)

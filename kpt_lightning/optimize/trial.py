@@ -94,7 +94,10 @@ def try_change(laboratory: Laboratory, kept: Sequence[Change], change: Change) -
 def _tried(
     laboratory: Laboratory, kept: Sequence[Change], change: Change, candidate: Candidate, record: TrialRecord
 ) -> TrialRecord:
-    if candidate.stage not in (Stage.INPUT, Stage.OPTIMIZER):
+    if candidate.stage is Stage.INPUT:
+        # Loading overlaps with the step: only the candidate itself can tell, from both, what waits for what.
+        return replace(record, kept=True, gain=change.predicted, reason="measured with the loader alone")
+    if candidate.stage is not Stage.OPTIMIZER:
         verdict = compare(laboratory, [*kept, change], candidate.numerics, laboratory.baseline)
         record = replace(record, gate=verdict.reason)
         if not verdict:
@@ -158,24 +161,10 @@ def _program(laboratory: Laboratory, candidate: Candidate, guard: ExitStack) -> 
     """What is timed, and in ``guard`` what puts back its traces."""
     subject = laboratory.subject
     guard.enter_context(preserved(subject.model, weights=candidate.stage is not Stage.OPTIMIZER))
-    if candidate.stage is Stage.INPUT:
-        return _load_some(subject)
     if candidate.stage is Stage.OPTIMIZER:
         guard.enter_context(preserved_optimizer(subject))
         return laboratory.with_step
     return laboratory.train_once
-
-
-_BATCHES = 8
-
-
-def _load_some(subject: Subject) -> Callable[[], object]:
-    def run() -> None:
-        assert subject.loader is not None
-        for _, _ in zip(range(_BATCHES), subject.loader, strict=False):
-            pass
-
-    return run
 
 
 @contextmanager

@@ -1,0 +1,270 @@
+"""The search: what is faster and right is kept, what is wrong is not, and the model shows no trace of it."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from kpt_lightning.candidates.candidate import Stage
+from kpt_lightning.candidates.float8 import Float8
+from kpt_lightning.errors import ConfigError, KptError
+from kpt_lightning.optimize.search import Outcome, search
+from kpt_lightning.optimize.trial_record import TrialRecord
+from kpt_lightning.precision import float8_linear
+from kpt_lightning.precision.cast import to_float8
+from kpt_lightning.validation.gates import Numerics
+from kpt_lightning.validation.workload import Workload
+from tests.optimize.faults import FAULTS, Made, Tiny, batch, faster, set_on, subject, with_nap
+
+NAP = 0.06
+
+
+def run(model: nn.Module, *candidates: Any, data: Any = None, max_seconds: float = 60.0, rounds: int = 6) -> Outcome:
+    data = batch() if data is None else data
+    return search(subject(model, data), Workload(model, data), max_seconds=max_seconds, pool=candidates, rounds=rounds)
+
+
+def only(outcome: Outcome) -> TrialRecord:
+    (trial,) = outcome.trials
+    return trial
+
+
+def test_what_is_right_and_faster_is_kept_with_its_gain() -> None:
+    outcome = run(Tiny(nap=NAP), Made("honest", faster))
+    assert [change.candidate for change in outcome.changes] == ["honest"]
+    trial = only(outcome)
+    assert trial.kept
+    assert trial.gain is not None
+    assert 1.5 < trial.low <= trial.gain <= trial.high
+    assert outcome.whole is not None
+    assert outcome.whole.kept
+    assert outcome.whole.low <= outcome.whole.gain <= outcome.whole.high
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_rejected_however_fast_it_is(fault: str) -> None:
+    outcome = run(Tiny(nap=NAP), Made(fault, with_nap(FAULTS[fault])))
+    assert outcome.changes == []
+    assert only(outcome).reason.startswith("numbers differ"), only(outcome)
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1, True), (2, False), (0.5, False)])
+def test_an_fp8_scale_off_by_two_is_rejected_and_a_right_one_passes_every_gate(
+    monkeypatch: pytest.MonkeyPatch, factor: float, right: bool
+) -> None:
+    def scaled(*args: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scale = to_float8(*args, **more)
+        return values, scale * factor
+
+    monkeypatch.setattr(float8_linear, "to_float8", scaled)
+    settings = {"precision": "fp8", "float8": {"emulate": True, "only_where_it_pays": False, "recipe": "tensorwise"}}
+    about = subject(Tiny(), batch(), **settings)
+    outcome = search(about, Workload(about.model, batch()), max_seconds=60, pool=[Float8()], rounds=1)
+    for trial in outcome.trials:
+        assert trial.reason.startswith("numbers differ: ") is not right, trial
+        assert trial.gain is not None or not right
+
+
+def crash(model: nn.Module) -> Callable[[], None]:
+    raise ZeroDivisionError("boom")
+
+
+def out_of_memory(model: nn.Module) -> Callable[[], None]:
+    def forward(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    return set_on(model, "forward", forward)
+
+
+def no_compiler(model: Any) -> Callable[[], None]:
+    def backend(graph: Any, inputs: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    return set_on(model, "forward", torch.compile(type(model).forward.__get__(model), backend=backend))
+
+
+@pytest.mark.parametrize("failure", [crash, out_of_memory, no_compiler])
+def test_a_failing_candidate_is_a_rejection_and_the_next_one_is_tried(failure: Any) -> None:
+    model = Tiny(nap=NAP)
+    first = Made("a", failure)
+    first.turn = 1
+    outcome = run(model, first, Made("b", faster))
+    assert outcome.trials[0].reason.startswith("failed")
+    assert [change.candidate for change in outcome.changes] == ["b"]
+
+
+def interrupted(model: nn.Module) -> Callable[[], None]:
+    def forward(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    return set_on(model, "forward", forward)
+
+
+class Busy(Tiny):
+    """Everything that a pass may leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.5)
+        self.calls, self.seen = 0, []
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        self.seen.append(float(x.sum()))
+        return super().forward(self.dropout(self.batch_norm(x)) * (1 + 0.01 * random.random()))
+
+
+def everything(model: nn.Module) -> list[Any]:
+    return [
+        [(name, each.clone()) for name, each in model.state_dict().items()],
+        [(id(each), each.requires_grad) for each in model.parameters()],
+        [None if each.grad is None else each.grad.clone() for each in model.parameters()],
+        [(type(module), module.training, sorted(vars(module))) for module in model.modules()],
+        (model.calls, list(model.seen)),
+        (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()),
+    ]  # fmt: skip
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("candidates", [[Made("honest", lambda model: lambda: None)], [Made("crash", crash)]])
+def test_the_model_and_all_random_states_are_bit_identical_afterwards(candidates: Any) -> None:
+    model = Busy()
+    model.layers[0].up.weight.requires_grad_(False)
+    model.layers[1].eval()
+    model(batch()).backward()
+    before = everything(model)
+    run(model, *candidates, rounds=1)
+    assert same(before, everything(model))
+
+
+def test_ctrl_c_in_a_trial_ends_the_search_and_leaves_the_model_as_it_was() -> None:
+    model = Busy()
+    before = everything(model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, Made("interrupted", interrupted))
+    assert same(before, everything(model))
+
+
+def test_two_gains_that_spoil_each_other_leave_the_unchanged_model() -> None:
+    model = Tiny(nap=NAP)
+
+    def spoils(model: Any) -> Callable[[], None]:
+        # Alone it saves the nap; after the other one it adds a longer one.
+        return set_on(model, "nap", 0.0 if model.nap == NAP else model.nap / 2)
+
+    def halves(model: Any) -> Callable[[], None]:
+        return set_on(model, "nap", NAP / 2)
+
+    first, second = Made("a", halves), Made("b", spoils)
+    first.turn = 1
+    outcome = run(model, first, second)
+    assert {change.candidate for change in outcome.changes} == {"a", "b"}  # 60 -> 30 -> 15 ms: both help
+    late = Made("c", lambda model: set_on(model, "nap", 0.0 if model.nap < NAP else 5 * NAP))
+    late.turn = 99
+    outcome = run(Tiny(nap=NAP), late)
+    assert outcome.changes == []
+
+
+def test_what_does_nothing_is_not_kept() -> None:
+    outcome = run(Tiny(), *(Made(f"null_{number}", lambda model: lambda: None) for number in range(3)))
+    assert sum(trial.kept for trial in outcome.trials) <= 1
+    assert all(trial.gate.startswith("outputs inf dB") for trial in outcome.trials)
+
+
+def test_memory_is_a_purpose_of_its_own_and_a_promise_is_held_against_it() -> None:
+    def less(model: Any) -> Callable[[], None]:
+        block = model.layers[0]
+        plain = type(block).forward.__get__(block)
+        again = torch.utils.checkpoint.checkpoint
+        return set_on(block, "forward", lambda x: again(plain, x, use_reentrant=False))
+
+    kept = run(Tiny(), Made("checkpoint", less, Numerics.SAME, saves_bytes=1000))
+    assert [change.candidate for change in kept.changes] == ["checkpoint"]
+    boast = run(Tiny(), Made("checkpoint", less, Numerics.SAME, saves_bytes=10**9))
+    assert boast.changes == []
+    assert "promised" in only(boast).reason
+
+
+def test_a_level_below_and_a_missing_unit_are_refused_with_the_reason() -> None:
+    from kpt_lightning.config import Level
+
+    bold, foreign = Made("bold", faster), Made("foreign", faster)
+    bold.level, foreign.features = Level.AGGRESSIVE, ("fp8_tensorwise",)
+    outcome = run(Tiny(nap=NAP), bold, foreign)
+    assert outcome.trials[0].reason == "needs level 'aggressive'"
+    assert "FP8" in outcome.trials[1].reason
+
+
+def test_without_time_nothing_is_tried_and_the_reason_says_so() -> None:
+    outcome = run(Tiny(nap=NAP), Made("honest", faster), max_seconds=1e-6)
+    assert outcome.changes == []
+    assert "max_seconds" in only(outcome).reason
+    with pytest.raises(ConfigError, match="max_seconds"):
+        run(Tiny(), max_seconds=0)
+
+
+def test_an_optimizer_is_stepped_in_a_trial_and_all_is_put_back() -> None:
+    model = Tiny()
+    made = Made("optimizer", lambda model: lambda: None)
+    made.stage = Stage.OPTIMIZER
+    about = subject(model, batch())
+    about.optimizer = torch.optim.AdamW(model.parameters())
+    before = [each.clone() for each in model.parameters()]
+    outcome = search(about, Workload(model, batch()), max_seconds=30, pool=[made], rounds=2)
+    assert only(outcome).gain is not None
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    assert not about.optimizer.state
+
+
+class Broken(Tiny):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Any) -> Any:
+        loss = super().forward(x)
+        if self.how == "raises":
+            raise ValueError("no forward pass today")
+        if self.how == "writes":
+            with torch.no_grad():
+                self.layers[0].up.bias.add_(1)
+        return {"vector": x, "no gradient": loss.detach(), "in place": loss}.get(self.how, loss)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("raises", "no forward pass today"),
+        ("vector", "scalar"),
+        ("no gradient", "gradient"),
+        ("writes", "own parameter"),
+    ],
+)
+def test_a_model_that_cannot_be_tried_is_told_so_and_left_alone(how: str, says: str) -> None:
+    model = Broken(how)
+    with pytest.raises(KptError, match=says):
+        run(model, Made("honest", faster))
+    assert all(each.grad is None for each in model.parameters())
+
+
+def test_dropout_does_not_hide_a_right_change_nor_a_fault() -> None:
+    class Dropping(Tiny):
+        def forward(self, x: Any) -> Any:
+            return super().forward(nn.functional.dropout(x, 0.3, self.training))
+
+    right = run(Dropping(nap=NAP), Made("honest", faster))
+    assert [change.candidate for change in right.changes] == ["honest"]
+    wrong = run(Dropping(nap=NAP), Made("fault", with_nap(FAULTS["dropped_bias"])))
+    assert wrong.changes == []
