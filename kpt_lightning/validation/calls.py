@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kpt_lightning.validation.compiled import outside_compiled
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -61,7 +63,8 @@ def record_calls(model: nn.Module, run: Callable[[], Any]) -> dict[str, ModuleCa
         run: Does one forward pass (and more, as it likes).
 
     Returns:
-        Module name to call, for modules that were called. A module inside a compiled one is not seen.
+        Module name to call, for modules that were called. A module inside a compiled one is not seen, nor one that
+        was compiled in place.
     """
     calls: dict[str, ModuleCall] = {}
     with _watched(model, calls):
@@ -72,7 +75,8 @@ def record_calls(model: nn.Module, run: Callable[[], Any]) -> dict[str, ModuleCa
 @contextmanager
 def _watched(model: nn.Module, calls: dict[str, ModuleCall]) -> Iterator[None]:
     handles = [
-        module.register_forward_hook(_recorder(name, calls), with_kwargs=True) for name, module in model.named_modules()
+        module.register_forward_hook(_recorder(name, calls), with_kwargs=True)
+        for name, module in outside_compiled(model)
     ]
     try:
         yield

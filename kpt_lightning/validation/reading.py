@@ -1,7 +1,7 @@
 """What one forward and backward pass gave, small enough to keep, and how far another one is from it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ SAMPLE = 2**16
 """Elements kept of each tensor, evenly strided: figures over more differ in the second decimal of a dB."""
 
 SEED = 20_260_101
+
+_EXACT_DB = 150.0
+"""Above what fp32 gives."""
 
 Pass = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 
@@ -58,7 +61,9 @@ def read(model: nn.Module, forward: Pass, *, seed: int = SEED) -> Reading:
 
 def sample(tensor: Tensor) -> Tensor:
     """At most about :data:`SAMPLE` elements of a tensor, as a copy in float32 or float64."""
-    flat = tensor.detach().flatten()
+    plain = tensor.detach()
+    plain = plain.to_dense() if plain.layout is not torch.strided else plain
+    flat = (torch.view_as_real(plain) if plain.is_complex() else plain).flatten()
     stride = max(1, flat.numel() // SAMPLE)
     # An odd stride meets every column of a matrix with a power of two of them.
     kept = flat[:: stride + (stride % 2 == 0) * (stride > 1)]
@@ -121,16 +126,19 @@ def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decisi
     Args:
         measured: From the unchanged model to the changed one.
         limits: See ``validation.gates``.
-        rounding: From the unchanged model to itself with rounding noise; it widens limits by ``limits.spreads``.
+        rounding: From the unchanged model to itself with rounding noise; it widens limits by ``limits.spreads``. Where
+            those are 0, what is nothing but noise is not judged.
     """
     if measured.missing:
         return Rejected("gate", f"{', '.join(measured.missing[:3])} differ in whether there is a value")
     allowance = None if rounding is None or not limits.spreads else 20 * _log10(limits.spreads)
     checks = [("loss", measured.loss, limits.output_db, None if rounding is None else rounding.loss)]
     checks.append(("outputs", measured.outputs, limits.output_db, None if rounding is None else rounding.outputs))
+    noise = set() if allowance is not None or rounding is None else _noise(rounding)
     for name, value in measured.gradients.items():
         own = None if rounding is None else rounding.gradients.get(name)
-        checks.append((f"gradient of {name}", value, limits.gradient_db, own))
+        if name not in noise:
+            checks.append((f"gradient of {name}", value, limits.gradient_db, own))
     # Loss and outputs share their noise: a loss may agree by chance, so its limit is never above that of the outputs.
     for what, value, needed, own in checks:
         least = needed if allowance is None or own is None else min(needed, own - allowance)
@@ -138,17 +146,33 @@ def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decisi
             least = min(least, rounding.outputs - allowance)
         if not value >= least:
             return Rejected("gate", f"{what} has {value:.1f} dB, and {least:.1f} are needed")
-    name, worst = measured.worst
     if allowance is None and not measured.median_gradient >= limits.median_gradient_db:
         least = limits.median_gradient_db
         return Rejected("gate", f"the median gradient has {measured.median_gradient:.1f} dB, and {least} are needed")
+    judged = {name: value for name, value in measured.gradients.items() if name not in noise}
+    name, worst = replace(measured, gradients=judged).worst
     return Accepted("gate", f"outputs {measured.outputs:.1f} dB, gradients {worst:.1f} dB and better ({name})")
 
 
+def _noise(rounding: Distance) -> set[str]:
+    """Gradients that rounding alone moves by a tenth, or a thousand times as much as most others.
+
+    Their true value is zero, as of a bias of keys, which softmax cancels, or of a bias before batch norm. In fewer bits
+    this noise is larger, and says nothing.
+    """
+    least = max(20.0, min(rounding.median_gradient, _EXACT_DB) - 60.0)
+    return {name for name, own in rounding.gradients.items() if own < least}
+
+
 def _db(exact: Tensor, other: Tensor) -> float:
-    if not bool(torch.isfinite(exact).all()) or not bool(torch.isfinite(other).all()):
-        same = bool(torch.equal(torch.nan_to_num(exact), torch.nan_to_num(other)))
-        return float("inf") if same and bool(torch.equal(exact.isnan(), other.isnan())) else float("-inf")
+    finite = torch.isfinite(exact)
+    if not bool(finite.all()) or not bool(torch.isfinite(other).all()):
+        # Such as scores that a mask has set to minus infinity: they must be the same, and the rest is compared.
+        odd, odd_too = exact[~finite], other[~finite]
+        same = torch.equal(odd.nan_to_num(), odd_too.nan_to_num()) and torch.equal(odd.isnan(), odd_too.isnan())
+        if not same or not bool(torch.isfinite(other[finite]).all()):
+            return float("-inf")
+        exact, other = exact[finite], other[finite]
     if not bool(exact.any()):
         return float("inf") if not bool(other.any()) else float("-inf")
     return sqnr_db(exact, other)

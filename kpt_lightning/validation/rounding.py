@@ -4,7 +4,7 @@ Parker, Monte Carlo Arithmetic, 1997 (https://web.cs.ucla.edu/~stott/mca/): each
 most half a unit in the last place, and the spread of the end result shows how far two correct programs may be apart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,37 +12,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from kpt_lightning.validation.compiled import run_uncompiled
+
 
 @contextmanager
-def rounding_noise(model: nn.Module, compute_dtype: torch.dtype) -> Iterator[None]:
+def rounding_noise(model: nn.Module, compute_dtype: torch.dtype, *, seed: int = 0) -> Iterator[None]:
     """Perturb the output of each module without children, forward, and its gradient, backward.
+
+    Inside, compiled code runs as Python, for noise cannot reach into it. The model's own random draws are the same as
+    without noise.
 
     Args:
         model: Restored afterwards.
         compute_dtype: In which its products run: half a unit of it at most is added, relative to each element.
+        seed: Another one gives other noise.
     """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def generator(device: torch.device) -> torch.Generator:
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        return generators[device]
+
+    def shaken(tensor: Tensor) -> Tensor:
+        coarse = max(torch.finfo(tensor.dtype).eps, torch.finfo(compute_dtype).eps)
+        noise = torch.empty_like(tensor, dtype=torch.float32).uniform_(-1, 1, generator=generator(tensor.device))
+        return (tensor.detach() * noise.mul_(coarse / 2)).to(tensor.dtype)
 
     def perturb(module: nn.Module, args: Any, output: Any) -> Any:
-        return tree_map(lambda item: _noisy(item, compute_dtype), output)
+        return tree_map(lambda item: _noisy(item, shaken), output)
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     handles = [module.register_forward_hook(perturb) for module in leaves]
     try:
-        yield
+        with run_uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _noisy(item: Any, compute_dtype: torch.dtype) -> Any:
+def _noisy(item: Any, shaken: Callable[[Tensor], Tensor]) -> Any:
     if not isinstance(item, Tensor) or not item.is_floating_point():
         return item
-    coarse = max(torch.finfo(item.dtype).eps, torch.finfo(compute_dtype).eps)
-
-    def shaken(tensor: Tensor) -> Tensor:
-        noise = torch.rand_like(tensor, dtype=torch.float32).mul_(2).sub_(1)
-        return (tensor.detach() * noise.mul_(coarse / 2)).to(tensor.dtype)
-
     result = item + shaken(item)
     if result.requires_grad:
         result.register_hook(lambda grad: grad + shaken(grad))  # type: ignore[no-untyped-call]
