@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,12 +33,23 @@ _ROUNDS = 6
 """The least with an interval of 95 %, whose lower end is then the worst of them."""
 
 
-def preferring(backend: str) -> AbstractContextManager[object]:
-    """A context in which ``backend`` is taken first; calls that it cannot take fall through to the user's others."""
-    first = SDP[backend]
-    if backend == "math":
-        # Math takes every call, and a CPU ignores the order.
-        return sdpa_kernel([first])
+@contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """A context in which ``backend`` is taken first; calls that it cannot take fall through to the user's others.
+
+    Code that is compiled in it is kept apart from other code in torch's cache, which asks for the graph alone and
+    would hand out a graph with the choice of another time.
+    """
+    order = _order(backend)
+    # A CPU ignores the order: there math has to be the only one, and it takes every call.
+    kernels = sdpa_kernel(order[:1]) if backend == "math" else sdpa_kernel(order, set_priority=True)
+    compiler: Any = torch.compiler.config
+    tag = f"{compiler.cache_key_tag} attention={backend}"
+    with kernels, compiler.patch(cache_key_tag=tag):
+        yield
+
+
+def _order(backend: str) -> list[SDPBackend]:
     switches: Any = torch.backends.cuda
     allowed = {
         SDPBackend.CUDNN_ATTENTION: switches.cudnn_sdp_enabled(),
@@ -46,8 +57,8 @@ def preferring(backend: str) -> AbstractContextManager[object]:
         SDPBackend.EFFICIENT_ATTENTION: switches.mem_efficient_sdp_enabled(),
         SDPBackend.MATH: switches.math_sdp_enabled(),
     }
-    order = [first, *(each for each, enabled in allowed.items() if enabled and each is not first)]
-    return sdpa_kernel(order, set_priority=True)
+    first = SDP[backend]
+    return [first, *(each for each, enabled in allowed.items() if enabled and each is not first)]
 
 
 def try_backend(call: AttentionCall, backend: str, now: State, device: torch.device) -> Gain | Rejected:

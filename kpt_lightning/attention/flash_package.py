@@ -1,9 +1,10 @@
 """Newer flash attention kernels of other packages, put behind torch's own flash operator."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import util
+from importlib import import_module, util
 from typing import Any
 
 import torch
@@ -42,10 +43,12 @@ def activate(backend: str) -> str | None:
         What was in force before, for :func:`restore`.
     """
     before = _current()
-    if backend == "fa4":
-        _register_fa4()
-    with ExitStack() as undo:
+    with ExitStack() as undo, warnings.catch_warnings():
+        # That an operator is taken over is what is wanted; what the package says of its own imports is not ours.
+        warnings.simplefilter("ignore")
         undo.callback(restore, before)
+        if backend == "fa4":
+            _register_fa4()
         _attention().activate_flash_attention_impl(IMPLEMENTATIONS[backend])
         undo.pop_all()
     return before
@@ -84,5 +87,6 @@ def _current() -> str | None:
 def _register_fa4() -> None:
     from torch.nn.attention import _fa4
 
+    import_module(f"{FLASH_ATTN_4.module}.interface")
     enter = partial(_fa4.register_flash_attention_fa4, module_path=flash_attn_4.__name__)
     _attention().register_flash_attention_impl(IMPLEMENTATIONS["fa4"], register_fn=enter)

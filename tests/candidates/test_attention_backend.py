@@ -18,6 +18,7 @@ from kpt_lightning.attention.proof import check_backend
 from kpt_lightning.candidates import compile_blocks
 from kpt_lightning.candidates.attention_backend import CANDIDATE
 from kpt_lightning.candidates.candidate import Candidate, Change
+from kpt_lightning.candidates.inductor import Inductor
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Rejected
@@ -168,6 +169,25 @@ def test_a_stored_plan_with_a_backend_that_is_not_here_is_refused(backend: str) 
     assert on.contexts == []
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_choice_that_was_compiled_before_is_not_taken_from_the_compilers_cache_for_another() -> None:
+    q = torch.randn(2, 4, 16, 8, requires_grad=True)
+    k = torch.randn(2, 2, 16, 8, requires_grad=True)
+
+    def attend(query: Tensor, key: Tensor) -> Tensor:
+        return scaled_dot_product_attention(2 * query, key, key, is_causal=True, enable_gqa=True)
+
+    seen = []
+    for backend in ("flash", "math", "flash"):
+        torch._dynamo.reset()
+        compiled = torch.compile(attend, backend=Inductor(backend))
+        with preferring(backend):
+            compiled(q, k).sum().backward()  # the cache takes up what was compiled with its backward pass
+            seen.append([call.backend for call in observe_attention(lambda run=compiled: run(q, k))])
+    # Math is traced into products and shows no call.
+    assert seen == [["flash"], [], ["flash"]]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
 def test_each_backend_of_cuda_runs_when_it_is_chosen(backend: str) -> None:
@@ -181,17 +201,18 @@ def test_each_backend_of_cuda_runs_when_it_is_chosen(backend: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of the compilers
 def test_blocks_compiled_under_their_own_key_keep_to_the_chosen_backend_on_cuda() -> None:
     # Memory-efficient attention takes no grouped heads.
     model = llama(hidden_size=256, num_key_value_heads=4).cuda().bfloat16()
     ids = IDS.cuda()
-    for backend in ("efficient", "flash", "cudnn"):
+    installed = ["fa4"] if flash_package.available("fa4") else []
+    for backend in ("efficient", "flash", "cudnn", *installed):
         on = subject(model, key=backend)
         applied = CANDIDATE.apply(on, {"backend": backend})
         blocks = compile_blocks.CANDIDATE.apply(on, {"blocks": ["model.layers.0", "model.layers.1"]})
         with on.forward_context():
-            model(ids)
+            model(ids).logits.float().square().mean().backward()
         assert backends(on, model, ids) == {backend}
         compile_blocks.CANDIDATE.undo(on, blocks)
         CANDIDATE.undo(on, applied)
@@ -219,6 +240,7 @@ def test_a_call_that_the_chosen_kernel_cannot_take_falls_through_to_another() ->
 
 
 @pytest.mark.sm90
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of the kernel's compiler
 @pytest.mark.parametrize("key_heads", [8, 2])
 def test_flash_attention_4_replaces_torchs_kernel_and_leaves_again(key_heads: int) -> None:
     if not (verdict := flash_package.available("fa4")):
