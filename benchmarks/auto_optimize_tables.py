@@ -31,7 +31,8 @@ def cpu_table(runs: Sequence[Run]) -> str:
         "Speed is time of plain over time of the other: above 1 is faster. Each figure is the median of interleaved "
         f"rounds ({_span(rounds)} of them), n = {repeats} repeats with the plan and as many plain against plain (A/A). "
         "A step is one forward and backward pass, with the optimizer where the plan changes it. The interval is the "
-        f"plan's own, made before the repeats. Load average {min(loads):.2f} to {max(loads):.2f}.",
+        "plan's own, made before the repeats; where nothing is kept they are A/A as well. Load average "
+        f"{min(loads):.2f} to {max(loads):.2f}.",
         markdown(columns, [_cpu_row(run) for run in runs]),
         "\n".join(_cpu_verdicts(runs)),
     ])  # fmt: skip
@@ -128,11 +129,11 @@ def gpu_table(runs: Sequence[Run]) -> str:
         for variant, cells in speed_rows(runs).items()
     ]
     columns = (*SPEED_COLUMNS, "trial s", "loss of steps 1, 2, 3", "attention that ran in one step")
-    processes = ", ".join(sorted({str(len(entries)) for entries in groups.values()}))
+    processes = _span(sorted({len(entries) for entries in groups.values()}))
     return "\n\n".join([
         _heading(f"Plain, by rules and by trial: shape {first['shape']}", first),
-        f"{first['batch']} x {first['length']} random tokens a step, {first['steps']} steps a process, {processes} "
-        "fresh processes of each variant in turn. One late step of the last process of each variant is profiled and is "
+        f"{first['batch']} x {first['length']} random tokens a step, {first['steps']} steps a process, each "
+        f"variant in turn in {processes} processes of its own. One late step of the last process of each variant is profiled and is "
         "an outlier that the median ignores. A trial runs before the first step and is in no figure but its own.",
         markdown(columns, rows),
         "\n".join(["Plans:", "", *_plans(groups)]),

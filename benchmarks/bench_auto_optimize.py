@@ -70,7 +70,7 @@ def h200(options: argparse.Namespace) -> list[str]:
             if variant.startswith("torchao") and find_spec("torchao") is None:
                 print(f"== {variant}: torchao is not installed, left out", flush=True)
                 continue
-            name, profile = f"h200-{variant}-{turn}", ["--profile"] * (turn == last)
+            name, profile = f"h200-{variant}-{turn}", ["--profile"] * (turn == last and torch.cuda.is_available())
             if not train(options.out, name, variant, *shape, *settings, *profile):
                 failed.append(name)
     return failed
