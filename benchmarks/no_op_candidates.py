@@ -22,7 +22,7 @@ from kpt_lightning.validation.gates import Numerics
 from kpt_lightning.validation.workload import Workload
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NoOp:
     """Proposes a change that is none."""
 
