@@ -134,8 +134,8 @@ def gpu_table(runs: Sequence[Run]) -> str:
         _heading(f"Plain, by rules and by trial: shape {first['shape']}", first),
         f"{first['batch']} x {first['length']} random tokens a step, {first['steps']} steps a process, each "
         f"variant in turn in {processes} processes of its own. One late step of the last process of each variant is "
-        "profiled and is an outlier that the median ignores. A trial runs before the first step and is in no figure but "
-        "its own.",
+        "profiled and is an outlier that the median ignores. A trial runs before the first step and is in no figure "
+        "but its own.",
         markdown(columns, rows),
         "\n".join(["Plans:", "", *_plans(groups)]),
     ])  # fmt: skip
