@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kpt_lightning.validation.compiled import outside_compiled
+from kpt_lightning.validation.compiled import run_uncompiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +56,17 @@ class ModuleCall:
 
 
 def record_calls(model: nn.Module, run: Callable[[], Any]) -> dict[str, ModuleCall]:
-    """Run once and record the first call of each module of ``model``.
+    """Run once, without compilation, and record the first call of each module of ``model``.
 
     Args:
         model: Whose modules are watched, itself under the name "".
         run: Does one forward pass (and more, as it likes).
 
     Returns:
-        Module name to call, for modules that were called. A module inside a compiled one is not seen, nor one that
-        was compiled in place.
+        Module name to call, for modules that were called.
     """
     calls: dict[str, ModuleCall] = {}
-    with _watched(model, calls):
+    with run_uncompiled(), _watched(model, calls):
         run()
     return calls
 
@@ -75,8 +74,7 @@ def record_calls(model: nn.Module, run: Callable[[], Any]) -> dict[str, ModuleCa
 @contextmanager
 def _watched(model: nn.Module, calls: dict[str, ModuleCall]) -> Iterator[None]:
     handles = [
-        module.register_forward_hook(_recorder(name, calls), with_kwargs=True)
-        for name, module in outside_compiled(model)
+        module.register_forward_hook(_recorder(name, calls), with_kwargs=True) for name, module in model.named_modules()
     ]
     try:
         yield

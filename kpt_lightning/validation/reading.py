@@ -1,6 +1,6 @@
 """What one forward and backward pass gave, small enough to keep, and how far another one is from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,6 +118,19 @@ def distance(exact: Reading, other: Reading) -> Distance:
     }
     loss = _db(torch.tensor([exact.loss], dtype=torch.float64), torch.tensor([other.loss], dtype=torch.float64))
     return Distance(loss, outputs, gradients, tuple(sorted(missing)))
+
+
+def widest(distances: Sequence[Distance]) -> Distance:
+    """The largest movement of each figure, of distances from one reading."""
+    names = dict.fromkeys(name for each in distances for name in each.gradients)
+    return Distance(
+        loss=min((each.loss for each in distances), key=_order),
+        outputs=min((each.outputs for each in distances), key=_order),
+        gradients={
+            name: min((d.gradients[name] for d in distances if name in d.gradients), key=_order) for name in names
+        },
+        missing=tuple(sorted({name for each in distances for name in each.missing})),
+    )
 
 
 def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decision:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 from kpt_lightning.validation.gates import Gate, Numerics, gate
-from kpt_lightning.validation.reading import SAMPLE, Distance, Reading, distance, judge, read, sample
+from kpt_lightning.validation.reading import SAMPLE, Distance, Reading, distance, judge, read, sample, widest
 from kpt_lightning.validation.rounding import rounding_noise
 
 NAN, INF = float("nan"), float("inf")
@@ -130,6 +130,14 @@ def test_the_median_gradient_has_a_limit_of_its_own_where_precision_is_changed()
     assert not judge(low, COARSE, None)
     assert judge(near(gradient=1.0, others=(2.0, 6.0, 50.0, 60.0)), COARSE, None)
     assert "median" in judge(low, COARSE, None).reason
+
+
+def test_the_widest_of_several_distances_is_the_worst_of_each_figure() -> None:
+    one, two = near(loss=50.0, outputs=INF, gradient=NAN), near(loss=60.0, outputs=40.0, gradient=30.0, others=(20.0,))
+    found = widest([one, replace(two, missing=("x",))])
+    assert (found.loss, found.outputs, found.missing) == (50.0, 40.0, ("x",))
+    assert math.isnan(found.gradients["w"])
+    assert found.gradients["v0"] == 20.0
 
 
 def test_the_verdict_names_the_worst() -> None:
