@@ -39,6 +39,7 @@ class Change:
         setting: All that ``apply`` needs, JSON-like, so that a stored plan can be replayed.
         reason: Why it is proposed, one clause.
         predicted: Speed expected from rules, new over old, such as 1.2; None where there is no estimate.
+        fallback: Tried only where none of the candidate's other changes is kept.
         saves_bytes: Memory that it promises to save, for a change whose purpose is memory; else None.
     """
 
@@ -47,6 +48,7 @@ class Change:
     reason: str = ""
     predicted: float | None = None
     saves_bytes: int | None = None
+    fallback: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-like data."""
@@ -56,6 +58,7 @@ class Change:
             "reason": self.reason,
             "predicted": self.predicted,
             "saves_bytes": self.saves_bytes,
+            "fallback": self.fallback,
         }
 
     @classmethod

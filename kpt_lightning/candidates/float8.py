@@ -60,7 +60,9 @@ class Float8:
             if not names:
                 found.append(Rejected(self.name, _why_none(decisions)))
                 continue
-            found += [_change(subject, recipe, group, text) for group, text in _groups(subject.model, names)]
+            # A more exact recipe does more work: it is of use only where the first does not pass.
+            behind = recipe != recipes[0]
+            found += [_change(subject, recipe, group, text, behind) for group, text in _groups(subject.model, names)]
         return found
 
     def apply(self, subject: Subject, setting: Mapping[str, Any]) -> list[nn.Linear]:
@@ -108,12 +110,13 @@ def _groups(model: nn.Module, names: list[str]) -> list[tuple[list[str], str]]:
     return groups
 
 
-def _change(subject: Subject, recipe: str, names: list[str], text: str) -> Change:
+def _change(subject: Subject, recipe: str, names: list[str], text: str, fallback: bool) -> Change:
     return Change(
         candidate="float8",
         setting={"recipe": recipe, "layers": names},
         reason=f"{text}, recipe {recipe}",
         predicted=_predicted(subject, names),
+        fallback=fallback,
     )
 
 

@@ -10,9 +10,10 @@ from kpt_lightning.candidates.compile_blocks import decide_blocks
 from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.optimize.outcome import Outcome
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.plan_cache import find_plan, keep_plan, plan_key
-from kpt_lightning.optimize.search import Outcome, search
+from kpt_lightning.optimize.search import search
 from kpt_lightning.optimize.work import Work
 from kpt_lightning.precision.convert import decide_layers
 

@@ -12,7 +12,8 @@ from torch import nn
 from kpt_lightning.candidates.candidate import Stage
 from kpt_lightning.candidates.float8 import Float8
 from kpt_lightning.errors import ConfigError, KptError
-from kpt_lightning.optimize.search import Outcome, search
+from kpt_lightning.optimize.outcome import Outcome
+from kpt_lightning.optimize.search import search
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.precision import float8_linear
 from kpt_lightning.precision.cast import to_float8
