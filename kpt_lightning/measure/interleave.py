@@ -4,15 +4,22 @@ Each round times both states next to each other, the order turning round from on
 The median over rounds with its distribution-free interval (``statistics.median_interval``) is the gain.
 """
 
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
-from kpt_lightning.measure.statistics import Interval, mad, median, median_interval, t_quantile
+from kpt_lightning.measure.statistics import (
+    MEDIAN_EFFICIENCY,
+    median,
+    median_interval,
+    robust_sigma,
+    t_quantile,
+)
 
 ROUNDS = 11
 """The median of 11 lies inside their 2nd to 10th value with 98.8 %, so an equal state wins in 1 of 170 trials."""
@@ -63,6 +70,7 @@ def measure_gain(
     device: torch.device,
     rounds: int = ROUNDS,
     deadline: float | None = None,
+    give_up: bool = True,
 ) -> Gain:
     """Time ``run`` in both states, in turns.
 
@@ -72,6 +80,7 @@ def measure_gain(
         run: One step.
         device: CUDA is waited for before and after each visit.
         rounds: How many pairs.
+        give_up: Stop after a few rounds that were all lost: enough for a refusal, too few for a figure.
         deadline: Value of ``time.monotonic()`` at which to stop; at least one round is run.
     """
     ratios: list[float] = []
@@ -83,36 +92,47 @@ def measure_gain(
         for which in order:
             times[which].append(seconds[which])
         ratios.append(math.log(seconds[0] / seconds[1]))
-        lost = number + 1 >= _HOPELESS and max(ratios) < 0
+        lost = give_up and number + 1 >= _HOPELESS and max(ratios) < 0
         if lost or (deadline is not None and time.monotonic() > deadline):
             break
-    return _gain(ratios, times)
+    return gain_of(ratios, times)
 
 
-def _gain(ratios: list[float], times: tuple[list[float], list[float]]) -> Gain:
+def gain_of(ratios: Sequence[float], times: tuple[Sequence[float], Sequence[float]]) -> Gain:
+    """The gain that rounds show.
+
+    Args:
+        ratios: Logarithm of the first time over the second, one of each round.
+        times: Of a step in both states, in seconds.
+    """
     center = median(ratios) or 0.0
     interval = median_interval(ratios)
-    low, high = _expected(ratios, center)
+    width = _width(ratios)
     return Gain(
-        ratio=math.exp(center), low=math.exp(interval.low), high=_exp(interval.high), expect_low=math.exp(low),
-        expect_high=_exp(high), rounds=len(ratios), before=median(times[0]) or 0.0, after=median(times[1]) or 0.0,
+        ratio=math.exp(center), low=math.exp(interval.low), high=_exp(interval.high),
+        expect_low=math.exp(center - width), expect_high=_exp(center + width), rounds=len(ratios),
+        before=median(times[0]) or 0.0, after=median(times[1]) or 0.0,
     )  # fmt: skip
 
 
-def _expected(ratios: list[float], center: float) -> tuple[float, float]:
-    """Where the median of as many rounds, run later, falls in 95 of 100 cases.
+def _width(ratios: Sequence[float]) -> float:
+    """Within which the median of as many rounds, run in another session, falls in at least 9 of 10 cases.
 
-    Both medians scatter: ``t s sqrt(2 / n) sqrt(pi / 2)`` with the robust spread ``s`` of the rounds. A later run meets
-    another state of the machine too, so the rounds' drift from the first to the second half is added.
+    With ``s`` the robust spread of a round, each of both medians scatters by ``s sqrt(pi / 2 / n)``. Another session
+    meets another state of the machine, other clocks, addresses and neighbours. How far that moves the median one
+    session cannot tell: as far as ``s`` is assumed. What moved from the first to the second half comes on top.
     """
-    if len(ratios) < 4:
-        nothing = Interval(-math.inf, math.inf, 0.95, "too few rounds")
-        return nothing.low, nothing.high
-    n, spread = len(ratios), 1.4826 * (mad(ratios) or 0.0)
+    n, spread = len(ratios), robust_sigma(ratios)
+    if n < 4 or spread is None:
+        return math.inf
     halves = [median(part) or 0.0 for part in (ratios[: n // 2], ratios[n // 2 :])]
-    scatter = t_quantile(0.975, n - 1) * spread * math.sqrt(2 / n) * math.sqrt(math.pi / 2)
-    width = scatter + abs(halves[0] - halves[1])
-    return center - width, center + width
+    scatter = spread * math.sqrt(1 + 2 * MEDIAN_EFFICIENCY**2 / n)
+    return _t_95(n - 1) * scatter + abs(halves[0] - halves[1])
+
+
+@functools.cache
+def _t_95(degrees: int) -> float:
+    return t_quantile(0.975, degrees)
 
 
 def _steps_a_visit(state: State, run: Callable[[], object], device: torch.device) -> int:

@@ -23,11 +23,23 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Any:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        for part in _parts(tensor.detach()):
+            storage = part.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward()
     del kept
     return sum(sizes.values())
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with memory of their own that a sparse one is made of."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
