@@ -20,7 +20,7 @@ def candidates() -> tuple[Candidate, ...]:
     """All candidates in the order of their turn.
 
     Raises:
-        ConfigError: Two have one name, or an entry point gives something else.
+        ConfigError: Two have one name, or an entry point cannot be loaded or gives something else.
     """
     found = [*_own(), *_foreign()]
     for each in found:
@@ -69,11 +69,19 @@ def _own() -> tuple[Candidate, ...]:
 
 
 def _foreign() -> list[Candidate]:
-    found = []
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
+    return [_loaded(entry) for entry in metadata.entry_points(group=ENTRY_POINTS)]
+
+
+def _loaded(entry: metadata.EntryPoint) -> Candidate:
+    owner = "an installed package" if entry.dist is None else entry.dist.name
+    try:
         each = entry.load()
-        if not isinstance(each, Candidate):
-            rule = f"entry point {entry.name!r} gives no candidate but {type(each).__name__}"
-            raise ConfigError("candidate", entry.value, rule, "See kpt_lightning.candidates.candidate.Candidate")
-        found.append(each)
-    return found
+    except (ImportError, AttributeError) as error:
+        rule = f"entry point {entry.name!r} of {owner} cannot be loaded: {error}"
+        raise ConfigError("candidate", entry.value, rule, f"Repair or uninstall {owner}") from error
+    # A class has the attributes of its objects.
+    if isinstance(each, type) or not isinstance(each, Candidate):
+        found = f"the class {each.__name__}" if isinstance(each, type) else type(each).__name__
+        rule = f"entry point {entry.name!r} of {owner} gives no candidate but {found}"
+        raise ConfigError("candidate", entry.value, rule, "See kpt_lightning.candidates.candidate.Candidate")
+    return each
