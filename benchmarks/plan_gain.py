@@ -129,7 +129,7 @@ def plain_seconds(step: Callable[[], None]) -> float:
 
 def gain(state: Callable[[], AbstractContextManager[None]], step: Callable[[], None], rounds: int) -> Gain:
     """``state`` against the plain model."""
-    return measure_gain(nullcontext, state, step, device=torch.device("cpu"), rounds=rounds)
+    return measure_gain(nullcontext, state, step, device=torch.device("cpu"), rounds=rounds, give_up=False)
 
 
 def parse() -> argparse.Namespace:

@@ -119,8 +119,9 @@ class AutoOptimizeCallback(pl.Callback):
         assert self._engine is not None
         if self._own:
             self._engine.training_starts()
-            if self._engine.subject is not None:
-                self._open.enter_context(self._engine.subject.forward_context())
+        if self._engine.subject is not None:
+            # Around the backward pass too: activation checkpointing runs the forward pass again in it.
+            self._open.enter_context(self._engine.subject.forward_context())
 
     @override
     def on_train_batch_end(
@@ -132,10 +133,15 @@ class AutoOptimizeCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        self._open.close()
+        # Lightning calls no teardown of callbacks after an exception.
+        self._undo()
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._undo()
+
+    def _undo(self) -> None:
+        """The model as the user made it; KptStrategy undoes what it owns."""
         self._open.close()
         if self._own and self._engine is not None:
             self._engine.stop()

@@ -24,4 +24,7 @@ class Inductor:
         """Compile one graph as ``backend="inductor"`` does."""
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, list(inputs))  # type: ignore[return-value,unused-ignore]
+        # torch's caches of compiled code on disk know nothing of the key either.
+        settings: Any = torch.compiler.config
+        with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{self.key}"):
+            return compile_fx(graph, list(inputs))  # type: ignore[return-value,unused-ignore]

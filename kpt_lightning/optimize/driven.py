@@ -1,6 +1,5 @@
 """Entering contexts, such as autocast, around every call of a model in a loop that nobody else drives."""
 
-import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +59,11 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _reduce(self: Any, protocol: int) -> Any:
     state = {name: value for name, value in vars(self).items() if name != _SLOT}
-    return copyreg.__newobj__, (self._kpt_plain,), state  # type: ignore[attr-defined]
+    return _undriven, (self._kpt_plain,), state
+
+
+def _undriven(original: type[nn.Module]) -> nn.Module:
+    return original.__new__(original)
 
 
 def _to_float32(item: Any) -> Any:
