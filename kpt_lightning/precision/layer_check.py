@@ -40,7 +40,8 @@ def check_layers(model: nn.Module, run: Callable[[], Tensor], least_db: float) -
             continue
         looked += 1
         for role, value in _figures(layer, found.x, found.grad).items():
-            if not value >= worst:
+            # NaN is worse than any figure, and stays the worst.
+            if worst == worst and not value >= worst:
                 worst, where = value, f"{role} of {name}"
     if not looked:
         return Rejected("fp8 layers", "no FP8 layer was seen to run forward and backward")
@@ -60,7 +61,7 @@ def _ends_of_each_size(model: nn.Module) -> list[tuple[str, Float8Linear]]:
 
 def _record(chosen: Sequence[tuple[str, Float8Linear]], run: Callable[[], Tensor]) -> dict[str, _Seen]:
     seen = {name: _Seen() for name, _ in chosen}
-    handles = [layer.register_forward_hook(_recorder(seen[name])) for name, layer in chosen]
+    handles = [layer.register_forward_hook(_recorder(seen[name]), with_kwargs=True) for name, layer in chosen]
     try:
         run().backward()  # type: ignore[no-untyped-call]
     finally:
@@ -69,10 +70,10 @@ def _record(chosen: Sequence[tuple[str, Float8Linear]], run: Callable[[], Tensor
     return seen
 
 
-def _recorder(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+def _recorder(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+    def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if seen.x is None and output.requires_grad:
-            seen.x = _some_rows(args[0])
+            seen.x = _some_rows(*args, *kwargs.values())
             output.register_hook(lambda grad: setattr(seen, "grad", _some_rows(grad)))  # type: ignore[no-untyped-call]
 
     return record
