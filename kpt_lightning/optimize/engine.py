@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kpt_lightning.attention.observe import observe_attention
+from kpt_lightning.attention.proof import check_backend, describe
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Accepted, Decision, Rejected
@@ -212,8 +214,11 @@ class Engine:
         Raises:
             VerificationError: Something planned did not run.
         """
-        if self.plan is None or self._steps > 1:
+        if self.plan is None or self._steps > 2:
             return run()
+        if self._steps == 2:
+            self._steps = 3
+            return self._observed(run, whole)
         if self._steps == 1:
             self._steps = 2
             try:
@@ -281,14 +286,29 @@ class Engine:
         self._hold(self._kernels(names, self._counts.total - before))
         return result
 
+    def _observed(self, run: Callable[[], Any], whole: bool) -> Any:
+        """One step whose attention calls are looked at: which kernel, causal or not, with a mask tensor or without."""
+        assert self.plan is not None
+        planned = self.plan.setting("attention_backend").get("backend")
+        wanted = self._device_type == "cuda" or planned is not None
+        if not wanted or self._why_no_profile(whole, needs_cuda=False) is not None:
+            return run()
+        results: list[Any] = []
+        calls = observe_attention(lambda: results.append(run()))
+        if planned is not None:
+            self._hold(check_backend(calls, planned))
+        elif calls:
+            self.plan.proofs += describe(calls)
+        return results[0]
+
     @staticmethod
     def _kernels(names: list[str], calls: int) -> Decision:
         return check_kernels(names, calls) if calls else Rejected("fp8 kernels", "the profiled step made no FP8 call")
 
-    def _why_no_profile(self, whole: bool) -> str | None:
+    def _why_no_profile(self, whole: bool, *, needs_cuda: bool = True) -> str | None:
         if torch._C._autograd._profiler_enabled():
             return "another profiler is running; calls were counted"
-        if self._device_type != "cuda":
+        if needs_cuda and self._device_type != "cuda":
             return "no CUDA device to profile; calls were counted"
         if self.config.verify == "calls":
             return "switched off by verify='calls'"

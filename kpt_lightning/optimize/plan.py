@@ -1,6 +1,6 @@
 """The plan: one object that says what is done to a model and why, and what was proved to have run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,15 +51,16 @@ class Plan:
     @property
     def float8_layers(self) -> list[str]:
         """Names of the layers that run in FP8."""
-        return self._setting("float8", "layers")
+        return list(self.setting("float8").get("layers", ()))
 
     @property
     def compiled_blocks(self) -> list[str]:
         """Names of the blocks that are compiled."""
-        return self._setting("compile_blocks", "blocks")
+        return list(self.setting("compile_blocks").get("blocks", ()))
 
-    def _setting(self, candidate: str, key: str) -> list[str]:
-        return next((list(each.setting[key]) for each in self.changes if each.candidate == candidate), [])
+    def setting(self, candidate: str) -> Mapping[str, Any]:
+        """The setting of that candidate's change, empty where there is none."""
+        return next((each.setting for each in self.changes if each.candidate == candidate), {})
 
     def accepts(self, subject: str) -> bool:
         """Whether that choice was accepted."""

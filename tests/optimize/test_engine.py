@@ -9,11 +9,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kpt_lightning.candidates.candidate import Change
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Rejected
 from kpt_lightning.errors import KptError, UnsupportedHardwareError, VerificationError
 from kpt_lightning.optimize.engine import Engine
+from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.precision.gemm import count_gemms
 from kpt_lightning.validation.numerics import sqnr_db
@@ -391,4 +394,32 @@ def test_on_a_gpu_a_profiler_of_the_users_makes_the_kernel_proof_a_rejection() -
         for _ in range(2):
             started.step(lambda: model(x).sum().backward() or 1.0, whole=True)
     assert plan.explain("fp8 kernels")[0] == Rejected("fp8 kernels", "another profiler is running; calls were counted")
+    started.stop()
+
+
+@pytest.mark.parametrize(("used", "proved"), [("math", True), ("flash", False)])
+def test_the_attention_kernel_that_ran_is_held_against_the_plan(used: str, proved: bool) -> None:
+    config = KptConfig.build({"precision": "32"})
+    change = Change(candidate="attention_backend", setting={"backend": "math"})
+    plan = Plan(config=config, device="cpu", precision="32", parallel="single", changes=[change])
+    started, model = Engine(config), llama()
+    started.start(model, "cpu", plan=plan)
+    backends = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
+
+    def step() -> Tensor:
+        with started.autocast(), sdpa_kernel(backends[used]):
+            loss: Tensor = model(**batch()).loss
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        started.step(step, whole=True)
+    if proved:
+        started.step(step, whole=True)
+    else:
+        with pytest.warns(UserWarning, match="math.*was planned"):
+            started.step(step, whole=True)
+    assert started.plan is not None
+    (proof,) = [each for each in started.plan.proofs if each.subject == "attention"]
+    assert bool(proof) is proved
     started.stop()
