@@ -1,5 +1,7 @@
 """Entering contexts, such as autocast, around every call of a model in a loop that nobody else drives."""
 
+import copy
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.errors import KptError
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 _SLOT = "_kpt_subject"
@@ -25,13 +28,21 @@ def drive(model: nn.Module, subject: Subject, before: Callable[[], None] | None 
 
     Returns:
         Undoes it.
+
+    Raises:
+        KptError: It is driven already.
     """
+    if _SLOT in vars(model):
+        raise KptError(f"{type(model).__name__} is driven already; undo that first")
     original = type(model)
+    kind = _driven(original)
     vars(model)[_SLOT] = (subject, before)
-    model.__class__ = _driven(original)
+    model.__class__ = kind
 
     def undo() -> None:
-        model.__class__ = original
+        # Another library may have put a class of its own on the object since, as FSDP does.
+        if type(model) is kind:
+            model.__class__ = original
         vars(model).pop(_SLOT, None)
 
     return undo
@@ -39,7 +50,10 @@ def drive(model: nn.Module, subject: Subject, before: Callable[[], None] | None 
 
 def _driven(original: type[nn.Module]) -> type[nn.Module]:
     if original not in _CLASSES:
-        body = {"__call__": _call, "__reduce_ex__": _reduce, "__module__": original.__module__, "_kpt_plain": original}
+        body = {
+            "__call__": _call, "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy, "__module__": original.__module__,
+            "_kpt_plain": original,
+        }  # fmt: skip
         made = type(original.__name__, (original,), body)
         made.__qualname__ = original.__qualname__
         made.__doc__ = original.__doc__
@@ -48,7 +62,9 @@ def _driven(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    subject, before = vars(self)[_SLOT]
+    subject, before = vars(self).get(_SLOT, (None, None))
+    if subject is None:
+        return self._kpt_plain.__call__(self, *args, **kwargs)
     if before is not None:
         before()
     with subject.forward_context():
@@ -58,12 +74,27 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _reduce(self: Any, protocol: int) -> Any:
-    state = {name: value for name, value in vars(self).items() if name != _SLOT}
-    return _undriven, (self._kpt_plain,), state
+    """As the class before does it, with that class, and without what is ours in the state."""
+    make, given, *rest = self._kpt_plain.__reduce_ex__(self, protocol)
+    given = tuple(self._kpt_plain if each is type(self) else each for each in given)
+    if make is copyreg.__newobj__ and len(given) == 1:  # type: ignore[attr-defined]
+        # pickle asks of __newobj__ that the class is the object's own.
+        make = object.__new__
+    if rest and isinstance(rest[0], dict):
+        rest[0] = {name: value for name, value in rest[0].items() if name != _SLOT}
+    return (make, given, *rest)
 
 
-def _undriven(original: type[nn.Module]) -> nn.Module:
-    return original.__new__(original)
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """As the class before does it: that may have a method of its own, which asks for the class of the object."""
+    kind, slot = type(self), vars(self).pop(_SLOT, None)
+    self.__class__ = self._kpt_plain
+    try:
+        return copy.deepcopy(self, memo)
+    finally:
+        self.__class__ = kind
+        if slot is not None:
+            vars(self)[_SLOT] = slot
 
 
 def _to_float32(item: Any) -> Any:
