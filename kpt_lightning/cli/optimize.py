@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,14 +24,17 @@ def optimize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Try again: neither read nor keep a stored plan.")] = False,
+    goal: Annotated[
+        Literal["speed", "memory"], typer.Option("--goal", help="memory also tries what costs speed.")
+    ] = "speed",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="More settings, from a YAML file.")
     ] = None,
 ) -> None:
     """Try each optimization on the model and the batch that FUNCTION returns, and keep those that measurably help.
 
-    FUNCTION takes no argument and returns (model, batch), (model, batch, loss_fn), or a dict of model, batch, loss_fn
-    and optimizer, on the device where training will run. Nothing is trained, and no weight changes.
+    FUNCTION takes no argument and returns (model, batch), (model, batch, loss_fn), or a dict of model, batch, loss_fn,
+    optimizer and loader, on the device where training will run. Nothing is trained, and no weight changes.
     """
     from kpt_lightning.cli.target import load_target
     from kpt_lightning.config import KptConfig
@@ -48,8 +51,8 @@ def optimize(
 
     budget: dict[str, Any] = {} if max_seconds is None else {"max_seconds": max_seconds}
     model = auto_optimize(
-        given.model, given.batch, loss_fn=given.loss_fn, optimizer=given.optimizer, config=settings, cache=not fresh,
-        **budget,
+        given.model, given.batch, loss_fn=given.loss_fn, optimizer=given.optimizer, loader=given.loader,
+        config=settings, cache=not fresh, goal=goal, **budget,
     )  # fmt: skip
     plan = plan_of(model)
     if plan is None:

@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-FORMS = "Return a model, (model, batch), (model, batch, loss_fn), or a dict of model, batch, loss_fn and optimizer"
+FORMS = (
+    "Return a model, (model, batch), (model, batch, loss_fn), or a dict of model, batch, loss_fn, optimizer and loader"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +32,14 @@ class Target:
         batch: One batch on that device, None where the function gives none.
         loss_fn: See ``validation.workload.Workload``.
         optimizer: Of the model's parameters, None where the function gives none.
+        loader: The training data loader, None where the function gives none.
     """
 
     model: "nn.Module"
     batch: Any = None
     loss_fn: Callable[..., Any] | None = None
     optimizer: "Optimizer | None" = None
+    loader: "Iterable[Any] | None" = None
 
 
 def load_target(name: str) -> Target:

@@ -10,6 +10,7 @@ from kpt_lightning.candidates.compile_blocks import decide_blocks
 from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.optimize.batch_advice import advise_batch
 from kpt_lightning.optimize.outcome import Outcome
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.plan_cache import find_plan, keep_plan, plan_key
@@ -59,6 +60,9 @@ def plan_by_trial(
     plan.choices.append(
         Accepted(f"precision {plan.precision}", f"by trial in {outcome.seconds:.0f} s; unchanged: {precision}")
     )
+    if subject.goal == "memory":
+        lookup = {each.name: each for each in candidates}.__getitem__
+        plan.choices.append(advise_batch(subject, work, outcome.changes, lookup, max_seconds=max_seconds / 4))
     plan.layers = _layers(subject, outcome)
     plan.blocks = _blocks(subject, plan)
     if cache is not None and not _out_of_time(outcome):

@@ -1,5 +1,6 @@
 """The plan: one object that says what is done to a model and why, and what was proved to have run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -200,7 +201,9 @@ def _trials_table(trials: Sequence[TrialRecord], title: str) -> Table:
 def _speed(trial: TrialRecord) -> str:
     if trial.gain is None or trial.low is None or trial.high is None:
         return ""
-    lines = [f"{trial.gain:.3f}x", f"({trial.low:.3f} to {trial.high:.3f})"]
+    # No interval: too few rounds were worth it.
+    bounded = trial.low > 0.0 and trial.high < math.inf
+    lines = [f"{trial.gain:.3f}x", *([f"({trial.low:.3f} to {trial.high:.3f})"] if bounded else [])]
     return "\n".join(lines + ([] if trial.predicted is None else [f"predicted {trial.predicted:.2f}x"]))
 
 

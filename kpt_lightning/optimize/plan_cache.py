@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_flatten_with_path
 from kpt_lightning.candidates.candidate import Candidate
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.errors import ConfigError
+from kpt_lightning.optimize.model_facts import model_facts
 from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.replay import load_plan
 from kpt_lightning.optional import ALL, installed_version
 from kpt_lightning.tracking.fingerprint import model_fingerprint
 from kpt_lightning.tracking.record import digest
@@ -33,19 +35,18 @@ def plan_key(subject: Subject, pool: tuple[Candidate, ...], precision: str) -> s
         pool: Candidates that were tried.
         precision: Of the trainer, or of the model in a plain loop.
     """
-    model = subject.model
-    structure = [(name, type(module).__qualname__, module.training) for name, module in model.named_modules()]
-    optimizer = subject.optimizer
     facts = {
-        "model": model_fingerprint(model),
-        "structure": structure,
+        "model": model_fingerprint(subject.model),
+        "structure": model_facts(subject.model),
         "batch": _sizes(subject.batch),
         "config": subject.config.model_dump(mode="json"),
         "precision": precision,
         "goal": subject.goal,
-        "optimizer": None if optimizer is None else type(optimizer).__qualname__,
+        "optimizer": _optimizer(subject),
+        "loader": _loader(subject.loader),
         "machine": [(device.name, subject.profile.versions.get("driver")) for device in subject.profile.devices],
         "threads": torch.get_num_threads() if subject.device.type == "cpu" else None,
+        "flags": (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
         "versions": {
             "kpt": installed_version("kpt-lightning"),
             "torch": str(torch.__version__),
@@ -61,29 +62,44 @@ def find_plan(directory: Path, key: str) -> Plan | None:
     """The plan kept under ``key``, None where there is none; one that cannot be read is a warning and tried anew."""
     path = directory / f"{key}.json"
     try:
-        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, ConfigError) as error:
+        return load_plan(path)
+    except ConfigError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
         warnings.warn(f"kpt: the kept plan {path} cannot be read and is made anew: {error}", stacklevel=2)
         return None
 
 
 def keep_plan(directory: Path, key: str, plan: Plan) -> None:
-    """Write a plan so that a reader sees all of it or nothing; a full or read-only disk is a warning."""
+    """Write a plan so that a reader sees all of it or nothing; what cannot be written is a warning."""
     try:
+        text = json.dumps(plan.to_dict(), indent=1)
         directory.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=directory, suffix=".part")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(plan.to_dict(), file, indent=1)
+                file.write(text)
             os.replace(name, directory / f"{key}.json")
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
-    except OSError as error:
-        warnings.warn(f"kpt: the plan cannot be kept in {directory}: {error.strerror}", stacklevel=2)
+    except (OSError, TypeError, ValueError) as error:
+        # A setting that is no JSON is the fault of a candidate from elsewhere; the plan itself is good.
+        warnings.warn(f"kpt: the plan cannot be kept in {directory}: {error}", stacklevel=2)
+
+
+def _optimizer(subject: Subject) -> Any:
+    optimizer = subject.optimizer
+    if optimizer is None:
+        return None
+    kinds = [[group.get(name) for name in ("fused", "foreach", "capturable")] for group in optimizer.param_groups]
+    return type(optimizer).__qualname__, kinds
+
+
+def _loader(loader: Any) -> Any:
+    names = ("batch_size", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+    return None if loader is None else [type(loader).__qualname__, *(str(getattr(loader, name, "")) for name in names)]
 
 
 def _sizes(batch: Any) -> list[tuple[str, str]]:

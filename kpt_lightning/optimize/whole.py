@@ -25,7 +25,7 @@ def judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say: 
     numerics = [laboratory.lookup(change.candidate).numerics for change in outcome.changes]
     loosest = max(numerics, key=list(Numerics).index)
     stages = {laboratory.lookup(change.candidate).stage for change in outcome.changes}
-    memory_only = all(change.saves_bytes is not None for change in outcome.changes)
+    for_memory = any(change.saves_bytes is not None for change in outcome.changes)
     begin = time.monotonic()
     what = ", ".join(change.candidate for change in outcome.changes)
     record = TrialRecord(candidate="all kept changes", level=subject.config.level.value, what=what)
@@ -50,7 +50,7 @@ def judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say: 
     keep, reason = judge_gain(gain)
     if not verdict:
         _drop_all(outcome, replace(record, reason=f"together the numbers differ: {verdict.reason}"), say)
-    elif not keep and not memory_only:
+    elif not keep and not for_memory:
         _drop_all(outcome, replace(record, reason=f"together: {reason}"), say)
     else:
         outcome.whole = replace(record, kept=True, reason="faster" if keep else "smaller")
