@@ -35,6 +35,21 @@ def test_quickstart_trains_and_its_second_run_compares_itself_with_the_first(tmp
 
 
 @pytest.mark.slow
+def test_a_plain_loop_trains_with_what_a_trial_kept_and_its_second_run_tries_nothing(tmp_path: Path) -> None:
+    first = run("auto_optimize.py", tmp_path, "--max-seconds", "120")
+    second = run("auto_optimize.py", tmp_path, "--max-seconds", "120")
+    assert "Plan by trial: " in first
+    assert "Plan by trial, kept from an earlier run: " in second
+    for output in (first, second):
+        assert "bit for bit those before: True" in output
+        start, end = map(float, re.findall(r"Loss at step \d+: (\S+)", output))
+        assert end < start
+    # The same trials, read again and not made again.
+    kept = [re.findall(r"precision 32 │ (by trial in \d+ s)", output) for output in (first, second)]
+    assert kept[0] == kept[1] != []
+
+
+@pytest.mark.slow
 def test_demo_lowers_the_held_out_loss_and_its_second_run_compares_itself_with_the_first(tmp_path: Path) -> None:
     first, second = run("demo.py", tmp_path, *SMALL), run("demo.py", tmp_path, *SMALL)
     losses = [re.findall(r"Held-out loss (\S+) -> (\S+) nats", output) for output in (first, second)]
