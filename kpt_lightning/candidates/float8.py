@@ -23,6 +23,10 @@ _RECIPES = ("tensorwise", "rowwise_with_gw_hp")
 _GEMM_RATIO, _BF16_OF_PEAK = 1.85, 0.7
 
 
+# Candidates of which one must be in force, for casts to be fused.
+_COMPILING = frozenset({"causal_attention", "compile_blocks", "compile_model"})
+
+
 def with_head(config: KptConfig) -> Float8Config:
     """The float8 section; at the aggressive level the head may run in FP8 too, unless the user excluded it by name."""
     if config.level is not Level.AGGRESSIVE or "exclude" in config.float8.model_fields_set:
@@ -89,7 +93,7 @@ def _why_not(subject: Subject) -> str | None:
         return f"precision={subject.config.precision!r} was asked for"
     if subject.compute_dtype is not torch.bfloat16 and not subject.config.float8.emulate:
         return f"the model runs in {subject.compute_dtype}; FP8 goes with bf16: use precision='bf16-mixed'"
-    if subject.config.precision == "auto" and not {"compile_blocks", "compile_model"} & set(subject.applied):
+    if subject.config.precision == "auto" and not _COMPILING & set(subject.applied):
         return "without compiled blocks the casts cost more than FP8 wins; precision='fp8' insists"
     return None
 

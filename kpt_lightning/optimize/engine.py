@@ -125,7 +125,7 @@ class Engine:
         )  # fmt: skip
         with ExitStack() as undo:
             undo.callback(self._forget)
-            self._graphs = GraphCounts.now() if plan.compiled_blocks else None
+            self._graphs = GraphCounts.now() if plan.compiled_modules else None
             undo.enter_context(applied(self._subject, plan.changes))
             self._layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
             if self._layers:
@@ -156,7 +156,7 @@ class Engine:
             return [f"no FP8 GEMM ran in {self._idle} optimizer steps"]
         if self._graphs is None or self.plan is None or not self._steps or not all(self.plan.explain("whole graphs")):
             return []
-        late = [proof for proof in check_graphs(self._graphs, len(self.plan.compiled_blocks)) if not proof]
+        late = [proof for proof in check_graphs(self._graphs, self.plan.compiled_modules) if not proof]
         self.plan.proofs += late
         return [f"after step 1: {proof.reason}" for proof in late]
 
@@ -267,7 +267,7 @@ class Engine:
             if all(proofs):
                 proofs += check_gradients(self._layers)
         if self._graphs is not None:
-            proofs += check_graphs(self._graphs, len(self.plan.compiled_blocks))
+            proofs += check_graphs(self._graphs, self.plan.compiled_modules)
         return proofs
 
     def _profiled(self, run: Callable[[], Any], whole: bool) -> Any:

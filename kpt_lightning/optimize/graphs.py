@@ -33,12 +33,12 @@ class GraphCounts:
         )
 
 
-def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
-    """What this process compiled since ``before``: the blocks, the loss, and what the user compiles.
+def check_graphs(before: GraphCounts, modules: int) -> list[Decision]:
+    """What this process compiled since ``before``: the modules, the loss, and what the user compiles.
 
     Args:
-        before: Read when the blocks were marked for compilation.
-        blocks: How many were.
+        before: Read when the modules were marked for compilation.
+        modules: How many were: blocks, or others as a whole.
 
     Returns:
         Nothing where no graph is new: compiled before in this process, or not run.
@@ -46,11 +46,15 @@ def check_graphs(before: GraphCounts, blocks: int) -> list[Decision]:
     now = GraphCounts.now()
     graphs, breaks, failed = now.graphs - before.graphs, now.breaks - before.breaks, now.failed - before.failed
     if failed:
-        reason = f"{failed} functions run uncompiled beside {blocks} blocks in {graphs} graphs"
+        reason = f"{failed} functions run uncompiled beside {modules} modules in {graphs} graphs"
         return [Rejected("whole graphs", f"{reason}; TORCH_LOGS=recompiles,graph_breaks names them")]
     if breaks:
-        reason = f"{breaks} graph breaks in {graphs} graphs beside {blocks} blocks; TORCH_LOGS=graph_breaks names them"
+        reason = (
+            f"{breaks} graph breaks in {graphs} graphs beside {modules} modules; TORCH_LOGS=graph_breaks names them"
+        )
         return [Rejected("whole graphs", reason)]
     if not graphs:
         return []
-    return [Accepted("whole graphs", f"{graphs} graphs for {blocks} blocks and what else is compiled, without a break")]
+    return [
+        Accepted("whole graphs", f"{graphs} graphs for {modules} modules and what else is compiled, without a break")
+    ]

@@ -57,7 +57,13 @@ class Plan:
     @property
     def compiled_blocks(self) -> list[str]:
         """Names of the blocks that are compiled."""
-        return list(self.setting("compile_blocks").get("blocks", ()))
+        names = [*self.setting("compile_blocks").get("blocks", ()), *self.setting("causal_attention").get("blocks", ())]
+        return [str(name) for name in names]
+
+    @property
+    def compiled_modules(self) -> int:
+        """How many modules are compiled: blocks, or others as a whole."""
+        return len(self.compiled_blocks) + len(self.setting("compile_model").get("modules", ()))
 
     def setting(self, candidate: str) -> Mapping[str, Any]:
         """The setting of that candidate's change, empty where there is none."""

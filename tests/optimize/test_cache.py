@@ -40,7 +40,7 @@ def test_more_layers_than_the_recompile_limit_run_as_one_graph() -> None:
     assert engine.plan is not None
     (proof,) = engine.plan.explain("whole graphs")
     assert proof
-    assert proof.reason.startswith("1 graphs for 12 blocks")
+    assert proof.reason.startswith("1 graphs for 12 modules")
     assert engine.plan.accepts("use_cache off")
     engine.stop()
     assert model.config.use_cache

@@ -43,12 +43,12 @@ def test_whole_graphs_are_counted_in_step_one() -> None:
     torch._dynamo.reset()
     (proof,) = proofs(Model(breaks=False))
     assert proof
-    assert "for 2 blocks and what else is compiled, without a break" in proof.reason
+    assert "for 2 modules and what else is compiled, without a break" in proof.reason
 
 
 def test_graph_breaks_are_reported_and_warned_about() -> None:
     torch._dynamo.reset()
-    with pytest.warns(UserWarning, match="graph breaks in .* graphs beside 2 blocks"):
+    with pytest.warns(UserWarning, match="graph breaks in .* graphs beside 2 modules"):
         (proof,) = proofs(Model(breaks=True))
     assert not proof
 
