@@ -64,7 +64,7 @@ def find_plan(directory: Path, key: str) -> Plan | None:
     try:
         return load_plan(path)
     except ConfigError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if not path.exists():
             return None
         warnings.warn(f"kpt: the kept plan {path} cannot be read and is made anew: {error}", stacklevel=2)
         return None

@@ -48,6 +48,6 @@ def resample(batch: Any, seed: int) -> Any:
 
     def drawn(leaf: Any) -> Any:
         fits = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
-        return leaf[order.to(leaf.device)] if fits else leaf
+        return leaf.index_select(0, order.to(leaf.device)) if fits else leaf
 
     return tree_unflatten([drawn(leaf) for leaf in leaves], spec)
