@@ -48,7 +48,7 @@ def losses_after(
         steps: How many before the loss is read.
     """
     found = []
-    with preserved_weights(model) as put_back, preserved(model):
+    with preserved_weights(model) as put_back, preserved(model, weights=False):
         for seed in seeds:
             put_back()
             seed_all(seed)

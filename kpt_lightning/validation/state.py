@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kpt_lightning.errors import KptError
 from kpt_lightning.validation.reachable import survey
+from kpt_lightning.validation.written import place, watch
 
 
 @contextmanager
@@ -18,8 +19,8 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
 
     Put back: gradients (there are none inside), ``requires_grad``, train mode, buffers, attributes of modules with all
     that ``validation.reachable.survey`` finds in them, and the random state of Python, NumPy, torch and each CUDA
-    device. Weights are not copied: a model whose own forward or backward pass writes to them is found out, unless it
-    does so through ``.data``.
+    device. Weights are not copied: a model whose own forward or backward pass writes to them is found out, by their
+    version counters and, for writes through ``.data``, by a few elements of each.
 
     Args:
         model: On any device.
@@ -40,15 +41,13 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
         for each in own:
             undo.callback(_content(each))
         undo.callback(_gradients(leaves))
-        watched = [*found.parameters, *aliases] if weights else []
-        versions = [(each, each._version) for each in watched if not each.is_inference()]
+        written = watch([*found.parameters, *aliases] if weights else [])
         yield
-    for each, version in versions:
-        if each._version != version:
-            raise KptError(
-                f"the model writes to its own {_name(model, each)} in a forward or backward pass, so nothing can be "
-                "tried on it without changing it. Train it with a plan by rules"
-            )
+    if (changed := written()) is not None:
+        raise KptError(
+            f"the model writes to its own {_name(model, changed)} in a forward or backward pass, so nothing can be "
+            "tried on it without changing it. Train it with a plan by rules"
+        )
 
 
 def seed_all(seed: int) -> None:
@@ -111,22 +110,14 @@ def _flags(leaves: Sequence[Tensor]) -> Callable[[], None]:
 
 def _split(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Other names of a weight's memory, which need no copy, and tensors with content of their own."""
-    weights = {place for each in parameters if (place := _place(each))}
-    aliases = [each for each in tensors if _place(each) in weights]
-    return aliases, [each for each in tensors if _place(each) not in weights and not _fixed(each)]
+    weights = {memory for each in parameters if (memory := place(each))}
+    aliases = [each for each in tensors if place(each) in weights]
+    return aliases, [each for each in tensors if place(each) not in weights and not _fixed(each)]
 
 
 def _fixed(tensor: Tensor) -> bool:
     """Without data, or made in inference mode: nothing outside of it can write there."""
     return tensor.is_meta or tensor.is_inference()
-
-
-def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
-    # Tensors of other forms and classes have no storage of their own to ask for.
-    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        return None
-    pointer = tensor.untyped_storage().data_ptr()
-    return (tensor.device, pointer) if pointer else None
 
 
 def _content(tensor: Tensor) -> Callable[[], None]:
@@ -165,6 +156,6 @@ def _equal(now: Tensor, before: Tensor) -> bool:
 
 
 def _name(model: nn.Module, tensor: Tensor) -> str:
-    place = _place(tensor)
-    names = [name for name, each in model.named_parameters() if each is tensor or (place and _place(each) == place)]
+    memory = place(tensor)
+    names = [name for name, each in model.named_parameters() if each is tensor or (memory and place(each) == memory)]
     return f"parameter {names[0]!r}" if names else f"hidden parameter of shape {tuple(tensor.shape)}"

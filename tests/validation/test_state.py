@@ -375,6 +375,24 @@ def test_a_model_that_writes_to_its_own_parameter_is_found_out() -> None:
         model(torch.ones(1, 2))
 
 
+def test_an_encoder_that_follows_another_by_its_data_is_found_out() -> None:
+    class Momentum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for mine, other in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                mine.data = 0.9 * mine.data + 0.1 * other.data
+            return self.key(x) - self.query(x)  # type: ignore[no-any-return]
+
+    model = Momentum()
+    with pytest.raises(KptError, match=r"own parameter 'key\.(weight|bias)'"), preserved(model):
+        model(torch.ones(1, 4))
+    with preserved(model, weights=False):
+        model(torch.ones(1, 4))
+
+
 def test_an_optimizer_step_from_a_hook_of_backward_is_found_out() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -495,7 +513,8 @@ def test_weights_that_attributes_refer_to_are_not_copied() -> None:
 
     with Clones(), preserved(model):
         pass
-    assert sum(copied) < 100
+    # A few elements are looked at, of a quarter of a million.
+    assert max(copied) <= 256
 
 
 def test_writing_to_a_weight_through_another_name_of_its_memory_is_found_out() -> None:
