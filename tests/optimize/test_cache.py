@@ -72,5 +72,5 @@ def test_blocks_that_fall_back_to_python_after_step_one_are_reported() -> None:
     step(engine, model)
     with torch._dynamo.config.patch(recompile_limit=1):
         step(engine, model, 12)  # another length needs a graph for any length
-    with pytest.warns(UserWarning, match="after step 1: .* functions run uncompiled beside 2 blocks"):
+    with pytest.warns(UserWarning, match="after step 1: .* functions run uncompiled beside 2 modules"):
         engine.stop()
