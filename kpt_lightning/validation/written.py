@@ -68,4 +68,5 @@ def _sample(tensor: Tensor) -> Tensor:
     plain = tensor.detach()
     rows = plain.reshape(1) if plain.dim() == 0 else plain[:: max(1, plain.shape[0] // _ELEMENTS)]
     first: tuple[Any, ...] = (slice(_ELEMENTS), *(0,) * (rows.dim() - 1))
-    return rows[first].contiguous().view(torch.uint8)
+    # One element counts as contiguous whatever its stride, and cannot be viewed as bytes then.
+    return rows[first].clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -21,6 +21,8 @@ def weights() -> list[Tensor]:
         nn.Parameter(torch.tensor([float("nan"), 1.0])),
         nn.Parameter(torch.empty(0, 3)),
         nn.Parameter(torch.arange(6), requires_grad=False),
+        nn.Parameter(torch.randn(1, 1, 64)),
+        nn.Parameter(torch.randn(64, 3).t()),
     ]
 
 
@@ -38,7 +40,7 @@ def other_data(weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize("write", [in_place, through_data, other_data])
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5, 6, 7, 9])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11])
 def test_the_one_that_was_written_to_is_told(number: int, write: Callable[[Tensor], None]) -> None:
     found = weights()
     written = watch(found)
