@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kpt_lightning import KptStrategy, RegressionCallback
+from kpt_lightning import AutoOptimizeCallback, KptStrategy, RegressionCallback
 
 
 class Classifier(LightningModule):
@@ -45,10 +45,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     epochs = parser.parse_args().epochs
 
-    tracker = RegressionCallback()
     trainer = Trainer(
         strategy=KptStrategy(),
-        callbacks=[tracker],
+        callbacks=[AutoOptimizeCallback(), RegressionCallback()],
         devices=1,
         max_epochs=epochs,
         logger=False,
