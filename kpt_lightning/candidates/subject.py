@@ -53,7 +53,8 @@ class Subject:
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """All contexts of the changes in force, entered."""
-        stack = ExitStack()
-        for context in self.contexts:
-            stack.enter_context(context())
-        return stack
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            # Those before one that cannot be entered are left.
+            return stack.pop_all()

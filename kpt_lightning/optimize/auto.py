@@ -18,11 +18,12 @@ from kpt_lightning.optimize.driven import drive
 from kpt_lightning.optimize.engine import Engine
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.plan_cache import DIRECTORY
-from kpt_lightning.optimize.replay import load_plan
+from kpt_lightning.optimize.replay import adopted, load_plan
 from kpt_lightning.optimize.rules import on_device
 from kpt_lightning.validation.workload import LossFunction, Workload
 
-_ENGINES: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictionary()
+_ENGINES: "weakref.WeakKeyDictionary[nn.Module, Callable[[], Engine | None]]" = weakref.WeakKeyDictionary()
+# An engine in use reaches its model, which would live for ever if it were held here: the model itself holds it.
 
 
 def auto_optimize(
@@ -69,13 +70,18 @@ def auto_optimize(
         UnsupportedHardwareError: What was asked for by name is not possible here.
         KptError: The model does not train on this batch.
     """
-    restore(model)
     built = KptConfig.build(config, level=level)
     device = _device(model)
+    if not max_seconds > 0:
+        raise ConfigError("max_seconds", max_seconds, "must be above 0", "Give about 120")
+    # What cannot be used is told before the plan in force is undone.
+    work = Workload(model, batch, loss_fn) if plan is None else None
+    made = None if plan is None else load_plan(plan)
+    if made is not None:
+        adopted(made, on_device(detect(), device.type), parallel=None, given_precision=None)
+    restore(model)
     engine = Engine(built)
-    if plan is None:
-        # A batch that cannot be fed is told before anything is touched.
-        work = Workload(model, batch, loss_fn)
+    if work is not None:
         subject = _subject(model, built, device, batch, optimizer, loader, goal)
         undrive = drive(model, subject)
         try:
@@ -85,8 +91,7 @@ def auto_optimize(
             )  # fmt: skip
         finally:
             undrive()
-    else:
-        made = load_plan(plan)
+    assert made is not None
     engine.config = made.config
     engine.start(model, device.type, plan=made, optimizer=optimizer, loader=loader)
     _follow(model, engine)
@@ -95,7 +100,7 @@ def auto_optimize(
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan in force on ``model`` since :func:`auto_optimize`, None where there is none."""
-    engine = _ENGINES.get(model)
+    engine = _engine(model)
     return None if engine is None else engine.plan
 
 
@@ -105,17 +110,26 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
     """
-    engine = _ENGINES.pop(model, None)
+    engine = _engine(model)
+    _ENGINES.pop(model, None)
     if engine is not None:
         engine.stop()
     return model
 
 
+def _engine(model: nn.Module) -> Engine | None:
+    find = _ENGINES.get(model)
+    return None if find is None else find()
+
+
 def _follow(model: nn.Module, engine: Engine) -> None:
     """Enter the plan's contexts at each call, and look at the second training step at what the first ran."""
-    _ENGINES[model] = engine
     if engine.subject is None or not engine.subject.applied:
+        # Nothing to undo: it lets go of the model, and keeps the plan.
+        engine.stop()
+        _ENGINES[model] = lambda: engine
         return
+    _ENGINES[model] = weakref.ref(engine)
     engine.own(drive(model, engine.subject, engine.loop_calls))
 
 

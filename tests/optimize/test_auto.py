@@ -1,9 +1,12 @@
 """auto_optimize in a plain loop: the same objects, the same numbers, faster or unchanged, and undone on demand."""
 
 import copy
+import gc
 import io
 import json
 import pickle
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +160,36 @@ def test_copies_and_pickles_of_an_optimized_model_are_models_of_their_own(pool: 
         with torch.no_grad():
             other.layers[0].up.weight.zero_()
         assert not torch.equal(other(batch()), model(batch()))
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_model_that_nobody_uses_any_more_is_freed_with_its_plan(pool: list[Any], changed: bool) -> None:
+    if not changed:
+        pool.clear()
+    model = Tiny(nap=NAP)
+    optimize(model)
+    plan = kpt_lightning.plan_of(model)
+    assert plan is not None
+    assert bool(plan.changes) is changed
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("bad", ["batch", "max_seconds", "level", "plan"])
+def test_what_is_refused_leaves_the_plan_in_force(pool: list[Any], bad: str) -> None:
+    model = Tiny(nap=NAP)
+    optimize(model)
+    plan = kpt_lightning.plan_of(model)
+    assert plan is not None
+    unknown = replace(plan, changes=[Change(candidate="unknown")])
+    more = {"batch": {"data": iter([1])}, "max_seconds": {"max_seconds": 0}, "level": {"level": "reckless"},
+            "plan": {"plan": unknown}}[bad]  # fmt: skip
+    with pytest.raises(ConfigError, match="unknown" if bad == "plan" else bad):
+        optimize(model, **more)
+    assert kpt_lightning.plan_of(model) is plan
+    assert model.nap == 0.0
 
 
 class NoBackward(nn.Module):
