@@ -1,12 +1,13 @@
 """Switching the user's own optimizer to torch's fused kernels, in place: one kernel for a step of many parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.subject import Subject
@@ -31,6 +32,7 @@ class _Applied:
     groups: list[tuple[dict[str, Any], Any]]
     attributes: dict[str, Any]
     steps: dict[Tensor, Tensor]
+    hooks: list[RemovableHandle]
 
 
 class FusedOptimizer:
@@ -57,7 +59,10 @@ class FusedOptimizer:
         return [Change(candidate=self.name, setting={"optimizer": kind}, reason=text)]
 
     def apply(self, subject: Subject, setting: Mapping[str, Any]) -> _Applied:
-        """Set what ``fused=True`` in its constructor sets; step counts move to where fused kernels read them."""
+        """Set what ``fused=True`` in its constructor sets; step counts move to where fused kernels read them.
+
+        Its ``state_dict`` stays that of the user's own optimizer, and one that is loaded does not switch it back.
+        """
         optimizer, reason = subject.optimizer, why_not(subject)
         if optimizer is None or reason:
             raise ConfigError("plan.fused_optimizer", setting.get("optimizer"), str(reason), "Make a new plan")
@@ -69,12 +74,15 @@ class FusedOptimizer:
             [(group, group["fused"]) for group in optimizer.param_groups],
             {name: vars(optimizer).get(name, _UNSET) for name in (_AMP, _CHECK)},
             steps,
+            [
+                optimizer.register_state_dict_post_hook(_saved_as_before(optimizer)),
+                optimizer.register_load_state_dict_post_hook(_fused_again),
+            ],
         )
         for each, step in moved.items():
             optimizer.state[each]["step"] = step
         optimizer.defaults["fused"] = True
-        for group in optimizer.param_groups:
-            group["fused"] = True
+        _fused_again(optimizer)
         setattr(optimizer, _AMP, True)
         if isinstance(optimizer, (SGD, Adagrad)):
             setattr(optimizer, _CHECK, True)
@@ -83,6 +91,8 @@ class FusedOptimizer:
     def undo(self, subject: Subject, applied: _Applied) -> None:
         """Back to the kernels that torch chose before; the state keeps what it learned."""
         optimizer = applied.optimizer
+        for hook in applied.hooks:
+            hook.remove()
         optimizer.defaults["fused"] = applied.default
         before = {id(group): fused for group, fused in applied.groups}
         for group in optimizer.param_groups:
@@ -98,6 +108,33 @@ class FusedOptimizer:
 
 
 CANDIDATE = FusedOptimizer()
+
+
+def _saved_as_before(optimizer: Optimizer) -> Callable[[Optimizer, dict[str, Any]], dict[str, Any]]:
+    """A state dict that loads where nothing of this package is: the user's own flags, step counts on the host."""
+    given = [group["fused"] for group in optimizer.param_groups]
+    default = optimizer.defaults["fused"]
+
+    def save(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [
+            group | {"fused": given[number] if number < len(given) else default}
+            for number, group in enumerate(state_dict["param_groups"])
+        ]
+        state = {
+            key: each | {"step": _unfused_step(each["step"].clone(), None)} if "step" in each else each
+            for key, each in state_dict["state"].items()
+        }
+        return state_dict | {"param_groups": groups, "state": state}
+
+    return save
+
+
+def _fused_again(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    for each, state in optimizer.state.items():
+        if "step" in state:
+            state["step"] = state["step"].to(each.device, torch.float32)
 
 
 def _unfused_step(now: Tensor, before: Tensor | None) -> Tensor:

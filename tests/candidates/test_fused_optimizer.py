@@ -217,3 +217,35 @@ def test_on_cuda_step_counts_move_to_the_device_and_back(made: str) -> None:
 def test_other_dtypes_are_judged_by_their_own_rounding(dtype: torch.dtype, device: str) -> None:
     model = network().to(device, dtype)
     assert isinstance(CANDIDATE.applies(subject(model, AdamW(model.parameters())))[0], Change)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_checkpoint_of_the_run_is_the_users_own_and_loading_one_does_not_switch_back(kind: Any) -> None:
+    states = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+        optimizer = kind(model.parameters(), lr=0.1)
+        about = subject(model, optimizer)
+        applied = CANDIDATE.apply(about, {"optimizer": kind.__name__}) if fused else None
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        states.append(optimizer.state_dict())
+        if fused:
+            assert [group["fused"] for group in optimizer.param_groups] == [True]
+            optimizer.load_state_dict(states[0])
+            assert [group["fused"] for group in optimizer.param_groups] == [True]
+            CANDIDATE.undo(about, applied)
+            states.append(optimizer.state_dict())
+    plain, running, undone = states
+    for other in (running, undone):
+        assert other["param_groups"] == plain["param_groups"]
+        for key, each in plain["state"].items():
+            for name, value in each.items():
+                got = other["state"][key][name]
+                assert (got.dtype, got.device) == (value.dtype, value.device)
+                assert torch.allclose(got, value)
+    fresh = kind(nn.Linear(4, 4).parameters(), lr=0.1)
+    fresh.load_state_dict(running)
+    assert fresh.param_groups[0]["fused"] is None
