@@ -76,20 +76,32 @@ class Distance:
 
     Attributes:
         loss: Of the loss.
-        outputs: Of the worst output.
-        gradients: Of each gradient, by parameter.
+        outputs: Of each output, by place.
+        gradients: Of each gradient, by parameter. A figure is NaN where one side alone holds NaN or infinities, and
+            minus infinity where the exact tensor is zero and the other is not.
         missing: Parameters that have a gradient in one reading alone, and outputs that do not match.
     """
 
     loss: float
-    outputs: float
+    outputs: dict[str, float]
     gradients: dict[str, float]
     missing: tuple[str, ...]
 
     @property
     def worst(self) -> tuple[str, float]:
         """The worst gradient and its figure."""
-        return min(self.gradients.items(), key=lambda item: _order(item[1]), default=("", float("inf")))
+        return _least(self.gradients)
+
+    @property
+    def worst_output(self) -> tuple[str, float]:
+        """The worst output and its figure."""
+        return _least(self.outputs)
+
+    @property
+    def middle_output(self) -> float:
+        """The median over the outputs that have a figure; of two in the middle the nearer one."""
+        ordered = sorted(value for value in self.outputs.values() if value > float("-inf"))
+        return ordered[len(ordered) // 2] if ordered else float("inf")
 
     @property
     def median_gradient(self) -> float:
@@ -109,8 +121,9 @@ def distance(exact: Reading, other: Reading) -> Distance:
     shared = exact.outputs.keys() & other.outputs.keys()
     unlike = [place for place in shared if exact.outputs[place].shape != other.outputs[place].shape]
     missing += [f"shape of output {place}" for place in unlike]
-    figures = [_db(exact.outputs[place], other.outputs[place]) for place in shared if place not in unlike]
-    outputs = min(figures, key=_order, default=float("inf"))
+    outputs = {
+        place: _db(exact.outputs[place], other.outputs[place]) for place in sorted(shared) if place not in unlike
+    }
     gradients = {
         name: _db(one, two)
         for name, one in exact.gradients.items()
@@ -122,13 +135,10 @@ def distance(exact: Reading, other: Reading) -> Distance:
 
 def widest(distances: Sequence[Distance]) -> Distance:
     """The largest movement of each figure, of distances from one reading."""
-    names = dict.fromkeys(name for each in distances for name in each.gradients)
     return Distance(
         loss=min((each.loss for each in distances), key=_order),
-        outputs=min((each.outputs for each in distances), key=_order),
-        gradients={
-            name: min((d.gradients[name] for d in distances if name in d.gradients), key=_order) for name in names
-        },
+        outputs=_lowest([each.outputs for each in distances]),
+        gradients=_lowest([each.gradients for each in distances]),
         missing=tuple(sorted({name for each in distances for name in each.missing})),
     )
 
@@ -139,32 +149,72 @@ def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decisi
     Args:
         measured: From the unchanged model to the changed one.
         limits: See ``validation.gates``.
-        rounding: From the unchanged model to itself with rounding noise; it widens limits by ``limits.spreads``. Where
-            those are 0, what is nothing but noise is not judged.
+        rounding: From the unchanged model to itself with rounding noise; it widens the limit of each figure by
+            ``limits.spreads``. Where those are 0, what is nothing but noise is not judged. Nor is a figure that noise
+            alone takes from zero to something; the verdict names it.
     """
     if measured.missing:
         return Rejected("gate", f"{', '.join(measured.missing[:3])} differ in whether there is a value")
+    checks = _checks(measured, limits, rounding)
+    unjudged = [each.what for each in checks if each.own == float("-inf") and each.value == each.value]
+    judged = [each for each in checks if each.what not in unjudged]
+    if not judged:
+        return Rejected(
+            "gate", f"noise alone moves {', '.join(unjudged[:3])} from zero, and nothing else can be judged"
+        )
+    for each in judged:
+        if not each.value >= each.least:
+            return Rejected("gate", f"{each.what} has {each.value:.1f} dB, and {each.least:.1f} are needed")
+    median_limit = limits.median_gradient_db
+    if not limits.spreads and not measured.median_gradient >= median_limit:
+        return Rejected(
+            "gate", f"the median gradient has {measured.median_gradient:.1f} dB, and {median_limit} are needed"
+        )
+    gradients = {each.name: each.value for each in judged if each.kind == "gradient of "}
+    name, worst = _least(gradients)
+    output = _least({each.name: each.value for each in judged if each.kind == "output "})[1]
+    text = f"outputs {output:.1f} dB, gradients {worst:.1f} dB and better ({name})"
+    return Accepted("gate", text + (f"; not judged: {', '.join(unjudged[:3])}" if unjudged else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """One figure, what noise alone does to it, and what it must reach."""
+
+    kind: str
+    name: str
+    value: float
+    own: float | None
+    least: float
+
+    @property
+    def what(self) -> str:
+        return f"{self.kind}{self.name}"
+
+
+def _checks(measured: Distance, limits: Gate, rounding: Distance | None) -> list[_Check]:
     allowance = None if rounding is None or not limits.spreads else 20 * _log10(limits.spreads)
-    checks = [("loss", measured.loss, limits.output_db, None if rounding is None else rounding.loss)]
-    checks.append(("outputs", measured.outputs, limits.output_db, None if rounding is None else rounding.outputs))
-    noise = set() if allowance is not None or rounding is None else _noise(rounding)
-    for name, value in measured.gradients.items():
-        own = None if rounding is None else rounding.gradients.get(name)
-        if name not in noise:
-            checks.append((f"gradient of {name}", value, limits.gradient_db, own))
-    # Loss and outputs share their noise: a loss may agree by chance, so its limit is never above that of the outputs.
-    for what, value, needed, own in checks:
+
+    def check(kind: str, name: str, value: float, needed: float, own: float | None) -> _Check:
+        # NaN first: noise that gave no number widens nothing.
         least = needed if allowance is None or own is None else min(needed, own - allowance)
-        if what == "loss" and allowance is not None and rounding is not None:
-            least = min(least, rounding.outputs - allowance)
-        if not value >= least:
-            return Rejected("gate", f"{what} has {value:.1f} dB, and {least:.1f} are needed")
-    if allowance is None and not measured.median_gradient >= limits.median_gradient_db:
-        least = limits.median_gradient_db
-        return Rejected("gate", f"the median gradient has {measured.median_gradient:.1f} dB, and {least} are needed")
-    judged = {name: value for name, value in measured.gradients.items() if name not in noise}
-    name, worst = replace(measured, gradients=judged).worst
-    return Accepted("gate", f"outputs {measured.outputs:.1f} dB, gradients {worst:.1f} dB and better ({name})")
+        return _Check(kind, name, value, own, least)
+
+    loss = check("loss", "", measured.loss, limits.output_db, None if rounding is None else rounding.loss)
+    if allowance is not None and rounding is not None:
+        # Loss and outputs share their noise: a loss may agree by chance.
+        loss = replace(loss, least=min(loss.least, rounding.middle_output - allowance))
+    noise = set() if limits.spreads or rounding is None else _noise(rounding)
+    outputs, gradients = ({}, {}) if rounding is None else (rounding.outputs, rounding.gradients)
+    return [
+        loss,
+        *(check("output ", at, value, limits.output_db, outputs.get(at)) for at, value in measured.outputs.items()),
+        *(
+            check("gradient of ", name, value, limits.gradient_db, gradients.get(name))
+            for name, value in measured.gradients.items()
+            if name not in noise
+        ),
+    ]
 
 
 def _noise(rounding: Distance) -> set[str]:
@@ -184,11 +234,20 @@ def _db(exact: Tensor, other: Tensor) -> float:
         odd, odd_too = exact[~finite], other[~finite]
         same = torch.equal(odd.nan_to_num(), odd_too.nan_to_num()) and torch.equal(odd.isnan(), odd_too.isnan())
         if not same or not bool(torch.isfinite(other[finite]).all()):
-            return float("-inf")
+            return float("nan")
         exact, other = exact[finite], other[finite]
     if not bool(exact.any()):
         return float("inf") if not bool(other.any()) else float("-inf")
     return sqnr_db(exact, other)
+
+
+def _lowest(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in figures for name in each)
+    return {name: min((each[name] for each in figures if name in each), key=_order) for name in names}
+
+
+def _least(figures: dict[str, float]) -> tuple[str, float]:
+    return min(figures.items(), key=lambda item: _order(item[1]), default=("", float("inf")))
 
 
 def _order(value: float) -> float:

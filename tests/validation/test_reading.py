@@ -25,12 +25,12 @@ def reading(loss: float = 1.0, output: list[float] | None = None, gradient: list
 
 def near(*, loss: float = INF, outputs: float = INF, gradient: float = INF, others: tuple[float, ...] = ()) -> Distance:
     gradients = {"w": gradient, **{f"v{number}": value for number, value in enumerate(others)}}
-    return Distance(loss, outputs, gradients, ())
+    return Distance(loss, {"logits": outputs}, gradients, ())
 
 
 def test_equal_readings_are_infinitely_near() -> None:
     same = distance(reading(gradient=[1.0, 2.0]), reading(gradient=[1.0, 2.0]))
-    assert (same.loss, same.outputs, same.gradients, same.missing) == (INF, INF, {"w": INF}, ())
+    assert (same.loss, same.outputs, same.gradients, same.missing) == (INF, {"logits": INF}, {"w": INF}, ())
     assert judge(same, STRICT, None)
 
 
@@ -47,19 +47,20 @@ def test_the_figure_is_the_ratio_of_norms_in_decibel(size: float) -> None:
         ([0.0, 0.0], [0.0, 1e-20], -INF),
         ([1.0, 0.0], [0.0, 0.0], 0.0),
         ([1.0, NAN], [1.0, NAN], INF),
-        ([1.0, NAN], [NAN, 1.0], -INF),
-        ([1.0, NAN], [1.0, 1.0], -INF),
-        ([1.0, 1.0], [1.0, INF], -INF),
+        ([1.0, NAN], [NAN, 1.0], NAN),
+        ([1.0, NAN], [1.0, 1.0], NAN),
+        ([1.0, 1.0], [1.0, INF], NAN),
         ([1.0, -INF], [1.0, -INF], INF),
-        ([1.0, -INF], [1.0, INF], -INF),
+        ([1.0, -INF], [1.0, INF], NAN),
         ([1.0, -INF], [1.1, -INF], 20.0),
         ([NAN, NAN], [NAN, NAN], INF),
-        ([NAN, INF], [INF, NAN], -INF),
+        ([NAN, INF], [INF, NAN], NAN),
     ],
 )
 def test_zeros_infinities_and_nans(exact: list[float], other: list[float], figure: float) -> None:
-    assert distance(reading(gradient=exact), reading(gradient=other)).gradients["w"] == pytest.approx(figure, abs=0.01)
-    assert distance(reading(output=exact), reading(output=other)).outputs == pytest.approx(figure, abs=0.01)
+    found = distance(reading(output=exact, gradient=exact), reading(output=other, gradient=other))
+    assert found.gradients["w"] == pytest.approx(figure, abs=0.01, nan_ok=True)
+    assert found.outputs["logits"] == pytest.approx(figure, abs=0.01, nan_ok=True)
 
 
 @pytest.mark.parametrize("spreads", [0.0, 4.0])
@@ -100,7 +101,7 @@ def test_outputs_of_another_shape_are_told() -> None:
 
 def test_an_output_that_a_kernel_leaves_out_is_no_fault() -> None:
     found = distance(reading(gradient=[1.0]), replace(reading(gradient=[1.0]), outputs={}))
-    assert found.outputs == INF
+    assert found.outputs == {}
     assert judge(found, STRICT, None)
 
 
@@ -125,6 +126,39 @@ def test_a_loss_is_judged_by_the_noise_of_the_outputs_too() -> None:
     assert not judge(near(loss=40.0), STRICT, own)
 
 
+def outputs(loss: float = INF, **figures: float) -> Distance:
+    return Distance(loss, figures, {}, ())
+
+
+def test_one_noisy_output_widens_neither_the_limit_of_another_nor_that_of_the_loss() -> None:
+    own = outputs(loss=110.0, noisy=3.0, a=110.0, b=111.0)
+    assert judge(outputs(loss=105.0, noisy=-5.0, a=105.0, b=105.0), STRICT, own)
+    for fault in ({"a": 60.0}, {"b": 60.0}, {"loss": 60.0}, {"noisy": -20.0}):
+        verdict = judge(outputs(**({"loss": 105.0, "noisy": -5.0, "a": 105.0, "b": 105.0} | fault)), STRICT, own)
+        assert not verdict
+        assert verdict.reason.startswith("loss has" if "loss" in fault else f"output {next(iter(fault))} has")
+
+
+@pytest.mark.parametrize("spreads", [0.0, 4.0])
+def test_what_noise_takes_from_zero_is_not_judged_and_the_verdict_says_so(spreads: float) -> None:
+    limits = replace(STRICT, spreads=spreads)
+    own = outputs(loss=110.0, zero=-INF, a=110.0)
+    verdict = judge(outputs(loss=110.0, zero=-INF, a=110.0), limits, own)
+    assert verdict
+    assert verdict.reason.endswith("; not judged: output zero")
+    assert "outputs 110.0 dB" in verdict.reason
+    assert not judge(outputs(loss=110.0, zero=110.0, a=20.0), limits, own)
+    assert not judge(outputs(loss=20.0, zero=110.0, a=110.0), limits, own)
+    # NaN is not noise.
+    assert not judge(outputs(loss=110.0, zero=NAN, a=110.0), limits, own)
+
+
+def test_where_nothing_can_be_judged_nothing_passes() -> None:
+    verdict = judge(outputs(loss=-INF, zero=-INF), STRICT, outputs(loss=-INF, zero=-INF))
+    assert not verdict
+    assert "output zero from zero, and nothing else can be judged" in verdict.reason
+
+
 def test_the_median_gradient_has_a_limit_of_its_own_where_precision_is_changed() -> None:
     low = near(gradient=1.0, others=(2.0, 3.0, 50.0, 60.0))
     assert not judge(low, COARSE, None)
@@ -135,7 +169,7 @@ def test_the_median_gradient_has_a_limit_of_its_own_where_precision_is_changed()
 def test_the_widest_of_several_distances_is_the_worst_of_each_figure() -> None:
     one, two = near(loss=50.0, outputs=INF, gradient=NAN), near(loss=60.0, outputs=40.0, gradient=30.0, others=(20.0,))
     found = widest([one, replace(two, missing=("x",))])
-    assert (found.loss, found.outputs, found.missing) == (50.0, 40.0, ("x",))
+    assert (found.loss, found.outputs, found.missing) == (50.0, {"logits": 40.0}, ("x",))
     assert math.isnan(found.gradients["w"])
     assert found.gradients["v0"] == 20.0
 
@@ -198,7 +232,7 @@ def test_reading_leaves_the_model_as_it_was_and_is_repeatable() -> None:
 
     first, second, other = read(model, forward), read(model, forward), read(model, forward, seed=1)
     assert distance(first, second).worst[1] == INF
-    assert distance(first, other).outputs < 30
+    assert distance(first, other).outputs["out"] < 30
     assert torch.equal(torch.get_rng_state(), state)
     assert model[2].num_batches_tracked == 0
     assert model[0].weight.grad is None
