@@ -3,6 +3,7 @@
 Names are loaded when first used: importing this package imports neither torch nor Lightning and touches no device.
 """
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,12 @@ __all__ = [*_HOME, "__version__"]
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        # rich draws from Python's generator when it is imported, which may be after the user's seed.
+        state = random.getstate()
+        try:
+            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        finally:
+            random.setstate(state)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -68,3 +68,9 @@ def test_importing_costs_at_most_a_fifth_of_importing_torch() -> None:
         times = import_times("import torch; import kpt_lightning")
         ratios.append(times["kpt_lightning"] / times["torch"])
     assert min(ratios) <= 0.2
+
+
+def test_taking_a_name_leaves_pythons_random_numbers_alone() -> None:
+    code = "import random; random.seed(0); a = random.getstate(); import kpt_lightning; kpt_lightning.auto_optimize"
+    done = subprocess.run([sys.executable, "-c", f"{code}; assert random.getstate() == a"], check=False)
+    assert done.returncode == 0
