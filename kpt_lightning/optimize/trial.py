@@ -6,17 +6,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from kpt_lightning.candidates.candidate import Candidate, Change, SelfChecking, Stage
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.decision import Decision
+from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import KptError
 from kpt_lightning.measure.interleave import ROUNDS, Gain, measure_gain
 from kpt_lightning.measure.saved import peak_of, saved_bytes
 from kpt_lightning.measure.statistics import values_needed
 from kpt_lightning.optimize.apply import Lookup, applied
 from kpt_lightning.optimize.baseline import Baseline, evaluating
+from kpt_lightning.optimize.guarded import guarded
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.work import Work
 from kpt_lightning.precision.gemm import count_gemms
@@ -74,21 +73,12 @@ def try_change(laboratory: Laboratory, kept: Sequence[Change], change: Change) -
     Raises:
         KptError: The device does not answer any more, or the state of the model could not be put back.
     """
-    start = time.monotonic()
     candidate = laboratory.lookup(change.candidate)
     record = TrialRecord(
         candidate=change.candidate, setting=dict(change.setting), level=candidate.level.value, what=change.reason,
         predicted=change.predicted,
     )  # fmt: skip
-    try:
-        record = _tried(laboratory, kept, change, candidate, record)
-    except KptError as error:
-        record = replace(record, reason=f"failed: {_line(error)}")
-    except Exception as error:  # noqa: BLE001  a candidate may fail in any way, and the run goes on
-        record = replace(record, reason=f"failed: {type(error).__name__}: {_line(error)}")
-    if record.reason.startswith("failed"):
-        check_device(laboratory.subject.device)
-    return replace(record, seconds=time.monotonic() - start)
+    return guarded(laboratory.subject, record, lambda: _tried(laboratory, kept, change, candidate, record))
 
 
 def _tried(
@@ -108,7 +98,7 @@ def _tried(
             if not verdict:
                 return replace(record, reason=f"numbers differ: {verdict.reason}")
         if time.monotonic() > laboratory.deadline:
-            return replace(record, reason="no time left to measure it; raise max_seconds")
+            return record.refused("no time left to measure it; raise max_seconds", "no time")
     with ExitStack() as guard:
         run = _program(laboratory, candidate, guard)
         gain = measure_gain(
@@ -146,6 +136,8 @@ def judge_gain(gain: Gain) -> tuple[bool, str]:
 def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numerics, baseline: Baseline) -> Decision:
     """Numbers of the model with ``changes`` against ``baseline``, as a decision."""
     subject = laboratory.subject
+    if reason := baseline.why_not(numerics):
+        return Rejected("gate", reason)
     with laboratory.state(changes)(), evaluating(subject.model, baseline.random), count_gemms() as gemms:
         reading = read(subject.model, laboratory.work.loss_and_outputs)
         dtype = subject.compute_dtype
@@ -207,21 +199,3 @@ def _judged_by_memory(record: TrialRecord, promised: int) -> TrialRecord:
     text = f"saves {saved / 1e6:,.0f} MB of {promised / 1e6:,.0f} MB promised"
     return replace(record, kept=saved >= promised, reason=text)
 
-
-def check_device(device: torch.device) -> None:
-    """Raise KptError where a failure has left the device unusable, as an illegal access does."""
-    if device.type != "cuda":
-        return
-    torch.cuda.empty_cache()
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        raise KptError(
-            f"a trial has left {device} unusable ({_line(error)}). Start the process anew without this candidate"
-        ) from error
-
-
-def _line(error: BaseException) -> str:
-    """The first sentence or so of a message."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
