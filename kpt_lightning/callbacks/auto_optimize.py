@@ -12,15 +12,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from kpt_lightning.callbacks.trainer_work import TrainerWork, quiet
+from kpt_lightning.callbacks.trainer_work import TrainerWork, quiet, refuse_exchange
+from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import KptConfig
+from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.hardware import detect
 from kpt_lightning.optimize.by_trial import MAX_SECONDS, plan_by_trial
 from kpt_lightning.optimize.engine import Engine
 from kpt_lightning.optimize.plan import Plan
-from kpt_lightning.optimize.plan_cache import DIRECTORY
+from kpt_lightning.optimize.plan_cache import DIRECTORY, model_key
 from kpt_lightning.optimize.rules import on_device
 
 _HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "fp8": torch.bfloat16, "bf16": torch.bfloat16,
@@ -68,7 +69,8 @@ class AutoOptimizeCallback(pl.Callback):
         self.plan: Plan | None = None
         self._engine: Engine | None = None
         self._own = False
-        self._restored: dict[str, Any] | None = None
+        self._model: str | None = None
+        self._restored: tuple[dict[str, Any], str | None] | None = None
         self._open = ExitStack()
 
     @property
@@ -78,11 +80,13 @@ class AutoOptimizeCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "plan": None if self.plan is None else self.plan.to_dict()}
+        plan = None if self.plan is None else self.plan.to_dict()
+        return {"version": 1, "plan": plan, "model": self._model}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict.get("plan")
+        if state_dict.get("plan") is not None:
+            self._restored = state_dict["plan"], state_dict.get("model")
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -99,6 +103,7 @@ class AutoOptimizeCallback(pl.Callback):
                 "AutoOptimizeCallback", type(pl_module).__name__, "uses manual optimization, so a trial of "
                 "training_step would train", "Remove the callback; KptStrategy plans by rules",
             )  # fmt: skip
+        _refuse_sync(trainer, pl_module)
         if self._leaf_engine(trainer) is not None and self.config.model_fields_set:
             field = sorted(self.config.model_fields_set)[0]
             raise ConfigError(
@@ -108,7 +113,9 @@ class AutoOptimizeCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self.plan = self._engine = None
+        self.plan = self._engine = self._model = None
+        # Trainer(sync_batchnorm=True) has made its layers by now.
+        _refuse_sync(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -145,7 +152,7 @@ class AutoOptimizeCallback(pl.Callback):
         self._open.close()
         if self._own and self._engine is not None:
             self._engine.stop()
-        self._engine = None
+        self._engine = self._restored = None
 
     @staticmethod
     def _leaf_engine(trainer: "pl.Trainer") -> Engine | None:
@@ -163,6 +170,7 @@ class AutoOptimizeCallback(pl.Callback):
         before = engine.plan
         engine.stop()
         subject = _subject(trainer, module, batch, engine.config, given or _base(before), self.goal)
+        self._model = model_key(module)
         plan, problem = self._agreed(trainer, module, subject, given or _base(before))
         if problem:
             raise KptError(problem)
@@ -182,19 +190,25 @@ class AutoOptimizeCallback(pl.Callback):
     ) -> tuple[Plan | None, str]:
         """Rank 0's plan, or why there is none, on every rank."""
         data, problem = None, ""
+        if trainer.world_size == 1:
+            return self._found(trainer, module, subject, precision), ""
+        raised: Exception | None = None
         if trainer.is_global_zero:
             try:
                 data = self._found(trainer, module, subject, precision).to_dict()
-            except KptError as error:
-                problem = str(error)
-        if trainer.world_size > 1:
-            data, problem = trainer.strategy.broadcast((data, problem))
-        return (None if data is None else Plan.from_dict(data)), problem
+            except Exception as error:  # noqa: BLE001  the others wait for an answer, whatever happened here
+                raised = error
+                problem = str(error) if isinstance(error, KptError) else f"{type(error).__name__}: {error}"
+        data, problem = trainer.strategy.broadcast((data, problem))
+        if raised is not None:
+            raise raised
+        return (None if data is None else Plan.from_dict(data)), problem and f"rank 0 found no plan: {problem}"
 
     def _found(self, trainer: "pl.Trainer", module: "pl.LightningModule", subject: Subject, precision: str) -> Plan:
         if self._restored is not None:
             try:
-                plan = Plan.from_dict(self._restored)
+                plan = Plan.from_dict(self._restored[0])
+                _check_restored(plan, subject, same_model=self._restored[1] == self._model)
             except ConfigError as error:
                 rank_zero_warn(f"kpt: the plan in the checkpoint is not used: {error}")
             else:
@@ -203,6 +217,8 @@ class AutoOptimizeCallback(pl.Callback):
         work = TrainerWork(module, subject.batch, lambda: _context(trainer, subject, precision))
         name = getattr(trainer.strategy, "strategy_name", None) or type(trainer.strategy).__name__
         with quiet(module):
+            if trainer.world_size > 1:
+                refuse_exchange(work)
             plan = plan_by_trial(
                 subject, work, precision=precision, parallel=str(name).removeprefix("kpt_"),
                 max_seconds=self.max_seconds, cache=self.cache, say=lambda text: rank_zero_info(f"kpt: {text}"),
@@ -211,6 +227,30 @@ class AutoOptimizeCallback(pl.Callback):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(subject.device)
         return plan
+
+
+def _refuse_sync(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
+    """Raise ConfigError for a layer that waits for other processes, which a trial does not run in."""
+    found = [name for name, each in module.named_modules() if isinstance(each, torch.nn.SyncBatchNorm)]
+    if found and trainer.world_size > 1:
+        raise ConfigError(
+            "AutoOptimizeCallback", found[0], "is a SyncBatchNorm, which waits for all processes, and a trial runs in "
+            "one alone", "Make the plan on one device and pass KptStrategy(plan='plan.json')",
+        )  # fmt: skip
+
+
+def _check_restored(plan: Plan, subject: Subject, *, same_model: bool) -> None:
+    """Raise ConfigError where a plan of a checkpoint is for another model, or for a level that is not allowed now."""
+    if not same_model:
+        raise ConfigError("plan", plan.summary(), "was made for another model", "A new one is made")
+    allowed = list(Level)[: list(Level).index(subject.config.level) + 1]
+    for change in plan.changes:
+        level = registry.candidate(change.candidate).level
+        if level not in allowed:
+            raise ConfigError(
+                "plan", change.candidate, f"needs level {level.value!r}, and this run has "
+                f"{subject.config.level.value!r}", "A new one is made",
+            )  # fmt: skip
 
 
 def _given_precision(trainer: "pl.Trainer", engine: Engine | None) -> str | None:

@@ -8,7 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kpt_lightning.errors import KptError
+from kpt_lightning.validation.state import preserved
 from kpt_lightning.validation.workload import ModelOutputError, floating_tensors
 
 
@@ -64,6 +67,28 @@ class TrainerWork:
             for name, child in self.module.named_children():
                 undo.callback(child.register_forward_hook(keep(name)).remove)
             return self.loss(), seen
+
+
+def refuse_exchange(work: TrainerWork) -> None:
+    """One pass and its backward pass, in which nothing may be exchanged with other processes, which do not run it.
+
+    Raises:
+        KptError: Something would be.
+    """
+    with preserved(work.module), _Alone():
+        work.loss().backward()  # type: ignore[no-untyped-call]
+
+
+class _Alone(TorchDispatchMode):
+    """Refuses collective operators before they run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
+            raise KptError(
+                f"training_step exchanges data with other processes ({func.name()}), and a trial runs in rank 0 alone. "
+                "Make the plan on one device and pass KptStrategy(plan='plan.json'), or remove AutoOptimizeCallback"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from kpt_lightning.candidates.candidate import Candidate
@@ -36,8 +36,7 @@ def plan_key(subject: Subject, pool: tuple[Candidate, ...], precision: str) -> s
         precision: Of the trainer, or of the model in a plain loop.
     """
     facts = {
-        "model": model_fingerprint(subject.model),
-        "structure": model_facts(subject.model),
+        "model": model_key(subject.model),
         "batch": _sizes(subject.batch),
         "config": subject.config.model_dump(mode="json"),
         "precision": precision,
@@ -56,6 +55,11 @@ def plan_key(subject: Subject, pool: tuple[Candidate, ...], precision: str) -> s
         "candidates": sorted(each.name for each in pool),
     }
     return digest(facts)
+
+
+def model_key(model: nn.Module) -> str:
+    """Equal for models of the same weights' shapes, settings and code."""
+    return digest({"model": model_fingerprint(model), "structure": model_facts(model)})
 
 
 def find_plan(directory: Path, key: str) -> Plan | None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from kpt_lightning import AutoOptimizeCallback, KptStrategy, RegressionCallback
 from kpt_lightning.candidates import registry
+from kpt_lightning.config import Level
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.optimize import search
 from kpt_lightning.tracking.store import RunStore
@@ -41,6 +42,8 @@ class Module(LightningModule):
 
     def training_step(self, batch: Tensor, index: int) -> Any:
         self.seen += 1
+        if self.how == "gathers":
+            self.all_gather(batch)
         loss = self.model(self.dropout(batch))
         self.log("train_loss", loss)
         if self.how == "fails" and self.global_step > 1:
@@ -106,6 +109,28 @@ def test_the_record_of_the_run_and_the_checkpoint_hold_the_plan_and_a_resumed_ru
     assert "unchanged:" not in capsys.readouterr().err
     assert again.plan is not None
     assert again.plan.to_dict()["trials"] == stored["plan"]["trials"]
+
+
+@pytest.mark.parametrize("differs", ["model", "level", "second fit"])
+def test_the_plan_of_a_checkpoint_is_for_its_model_its_level_and_one_run(
+    tmp_path: Path, pool: list[Any], differs: str
+) -> None:
+    pool[0].level = Level.BALANCED
+    fit(callback()).save_checkpoint(tmp_path / "last.ckpt")
+    again, module = callback(level="conservative" if differs == "level" else None), Module()
+    if differs == "model":
+        module.model.layers[0].norm.eps = 1e-4
+    if differs == "second fit":
+        fit(again, module=module, epochs=2, ckpt=tmp_path / "last.ckpt")
+        assert again._restored is None
+        pool.clear()
+        fit(again, module=module)
+    else:
+        with pytest.warns(UserWarning, match="plan in the checkpoint is not used: .*" + differs):
+            fit(again, module=module, epochs=2, ckpt=tmp_path / "last.ckpt")
+    assert again.plan is not None
+    kept = [change.candidate for change in again.plan.changes]
+    assert kept == (["honest"] if differs == "model" else [])
 
 
 def test_a_second_run_takes_the_kept_plan(tmp_path: Path) -> None:
@@ -182,6 +207,8 @@ from tests.optimize.faults import Made, faster
 if __name__ == "__main__":
     registry.candidates = lambda: (Made("honest", lambda module: faster(module.model)),)
     search.ROUNDS = 6
+    if sys.argv[3] == "search fails":
+        registry.candidates = lambda: 1 / 0
     seed_everything(0)
     auto = AutoOptimizeCallback(cache=False, print_plan=False)
     strategy = KptStrategy(parallel="ddp") if sys.argv[1] == "kpt" else "ddp"
@@ -189,6 +216,8 @@ if __name__ == "__main__":
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_train_batches=3,
         callbacks=[auto] if sys.argv[2] == "auto" else [])
     module = Module(sys.argv[3])
+    if sys.argv[3] == "sync":
+        module.model.norm = torch.nn.SyncBatchNorm(4)
     trainer.fit(module, DataLoader(list(torch.randn(40, 8, 32)), batch_size=4))
     kept = [] if auto.plan is None else [change.candidate for change in auto.plan.changes]
     total = float(sum(each.detach().double().sum() for each in module.parameters()))
@@ -219,7 +248,16 @@ def test_with_two_processes_rank_0_tries_and_both_follow_its_plan(tmp_path: Path
         assert tried.split()[1:] == plain.split()[1:]  # the same weights and the same number of steps
 
 
-def test_with_two_processes_a_failure_of_rank_0_ends_both(tmp_path: Path) -> None:
-    answer = two_ranks(tmp_path, "ddp", "auto", "nothing")
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("nothing", "no scalar loss"),
+        ("gathers", "exchanges data with other processes"),
+        ("search fails", "ZeroDivisionError"),
+        ("sync", "is a SyncBatchNorm, which waits"),
+    ],
+)
+def test_with_two_processes_a_failure_of_rank_0_ends_both(tmp_path: Path, how: str, says: str) -> None:
+    answer = two_ranks(tmp_path, "ddp", "auto", how)
     assert answer.returncode != 0
-    assert answer.stderr.count("no scalar loss") >= 2
+    assert answer.stderr.count(says) >= 2
