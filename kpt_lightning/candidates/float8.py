@@ -75,7 +75,7 @@ class Float8:
         return convert_to_float8(subject.model, setting["layers"], config)
 
     def check(self, subject: Subject, run: Callable[[], Tensor]) -> Decision:
-        """Each size of layer against itself in high precision."""
+        """Each layer against itself in high precision."""
         least = gate(Numerics.PRECISION, subject.compute_dtype).layer_db
         assert least is not None
         return check_layers(subject.model, run, least)

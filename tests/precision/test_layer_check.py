@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kpt_lightning.config import Float8Config
-from kpt_lightning.precision import float8_linear
+from kpt_lightning.precision import float8_linear, layer_check
 from kpt_lightning.precision.convert import convert_to_float8
 from kpt_lightning.precision.layer_check import ROWS, check_layers
 from kpt_lightning.precision.recipes import E4M3, E5M2, RECIPES
@@ -59,8 +59,7 @@ def test_real_layers_pass_with_room(recipe: str, autocast: bool) -> None:
     model = made(recipe)
     verdict = check_layers(model, passes(model, autocast=autocast), LEAST + 5)
     assert verdict, verdict.reason
-    # Of all layers of one size the first and the last.
-    assert "2 looked at" in verdict.reason
+    assert "4 of 4 looked at" in verdict.reason
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -77,7 +76,7 @@ def test_a_checkpointed_layer_is_seen() -> None:
     x = torch.randn(32, 64, requires_grad=True)
     verdict = check_layers(layers, lambda: checkpoint(layers[0], x, use_reentrant=False).square().sum(), LEAST)
     assert verdict, verdict.reason
-    assert "1 looked at" in verdict.reason
+    assert "1 of 3 looked at" in verdict.reason
 
 
 def test_layers_that_did_not_run_are_no_proof() -> None:
@@ -96,7 +95,7 @@ def test_it_leaves_no_hooks() -> None:
 
     with pytest.raises(ValueError, match="of the model"):
         check_layers(model, fails, LEAST)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def wrong_scale(factor: float, *dtypes: torch.dtype) -> Callable[[pytest.MonkeyPatch], None]:
@@ -172,3 +171,67 @@ def test_a_scale_of_gradients_alone_that_is_off_by_two_is_rejected(monkeypatch: 
     verdict = check_layers(model, passes(model), LEAST)
     assert not verdict
     assert "gradient of" in verdict.reason
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+@pytest.mark.parametrize("factor", [2.0, 0.5, -1.0, 1.25])
+def test_what_a_layer_gives_is_looked_at_in_every_layer(factor: float, which: int) -> None:
+    model = made("tensorwise", depth=4)
+    layer = cast(Any, model).layers[which]
+    vars(layer)["forward"] = lambda x: factor * type(layer).forward(layer, x)
+    verdict = check_layers(model, passes(model), LEAST)
+    assert not verdict
+    assert f" of layers.{which} has " in verdict.reason
+
+
+def test_an_input_gradient_is_that_of_the_layer_alone_where_others_read_the_same_tensor() -> None:
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.q, self.k = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.below(x)
+            return self.q(x) * torch.sigmoid(self.k(x)) + x  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Siblings()
+    convert_to_float8(model, ["below", "q", "k"], Float8Config(recipe="tensorwise", emulate=True))
+    verdict = check_layers(model, passes(model), LEAST + 5)
+    assert verdict, verdict.reason
+    q = model.q
+    vars(q)["forward"] = lambda x: type(q).forward(q, x.detach())
+    verdict = check_layers(model, passes(model), LEAST)
+    assert not verdict
+    assert verdict.reason.startswith("input gradient of q has 0.0 dB")
+
+
+def test_hooks_of_others_are_no_part_of_the_product() -> None:
+    model = made("tensorwise")
+    layer = cast(Any, model).layers[1]
+    layer.register_forward_hook(lambda module, args, output: output * 3 + 1)
+    layer.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    verdict = check_layers(model, passes(model), LEAST + 5)
+    assert verdict, verdict.reason
+
+
+def test_frozen_weights_have_no_gradient_to_look_at() -> None:
+    model = made("tensorwise").requires_grad_(False)
+    x = torch.randn(32, 64, requires_grad=True)
+    verdict = check_layers(model, lambda: model(x).square().mean(), LEAST + 5)
+    assert verdict, verdict.reason
+    assert "4 of 4 looked at" in verdict.reason
+
+
+def test_a_few_rows_are_kept_whatever_the_size_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    right = layer_check._weight_gradient
+
+    def looked(seen: Any, x: Tensor, grad: Tensor) -> None:
+        kept.extend([x.untyped_storage().nbytes() // (2 * 64), len(grad)])
+        right(seen, x, grad)
+
+    monkeypatch.setattr(layer_check, "_weight_gradient", looked)
+    model = made("tensorwise")
+    assert check_layers(model, passes(model, rows=10 * ROWS), LEAST)
+    assert kept == [ROWS] * 8
