@@ -19,13 +19,10 @@ from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.hardware import detect
 from kpt_lightning.optimize.by_trial import MAX_SECONDS, plan_by_trial
-from kpt_lightning.optimize.engine import Engine
+from kpt_lightning.optimize.engine import HALF, Engine
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.plan_cache import DIRECTORY, model_key
 from kpt_lightning.optimize.rules import on_device
-
-_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "fp8": torch.bfloat16, "bf16": torch.bfloat16,
-         "bf16-true": torch.bfloat16, "16-true": torch.float16}  # fmt: skip
 
 
 class AutoOptimizeCallback(pl.Callback):
@@ -275,8 +272,9 @@ def _subject(
     optimizers = trainer.optimizers
     return Subject(
         model=module, profile=on_device(detect(), trainer.strategy.root_device.type), config=config,
-        device=trainer.strategy.root_device, compute_dtype=_HALF.get(precision, torch.float32), owns_precision=False,
-        goal=goal, batch=batch, optimizer=optimizers[0] if len(optimizers) == 1 else None, loader=_loader(trainer),
+        device=trainer.strategy.root_device, compute_dtype=HALF.get(precision, torch.float32), owns_precision=False,
+        goal=goal, own_loss=False, batch=batch, optimizer=optimizers[0] if len(optimizers) == 1 else None,
+        loader=_loader(trainer),
     )  # fmt: skip
 
 

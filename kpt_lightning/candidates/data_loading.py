@@ -35,8 +35,9 @@ _SETTINGS = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor
 class DataLoading:
     """``num_workers``, ``pin_memory``, ``persistent_workers`` and ``prefetch_factor`` of a torch ``DataLoader``.
 
-    Order and content of batches stay. Random numbers that a dataset draws come from other seeds, as with any number of
-    workers in torch. A loop over the loader that runs already is not changed; the next one is.
+    Order and content of batches stay. Random numbers that a dataset draws from Python, NumPy or torch come from other
+    seeds, as with any number of workers in torch; a dataset with a generator of its own, of which each worker would
+    repeat a copy, is declined. A loop over the loader that runs already is not changed; the next one is.
     """
 
     name = "data_loading"

@@ -51,6 +51,9 @@ class ShapeBucketing:
         """One change for each multiple that makes training faster."""
         if reason := _why_not(subject.loader):
             return [Rejected(self.name, reason)]
+        if not subject.own_loss:
+            # A loss of the user's may divide by what padding changes, and is not run on batches of the loader here.
+            return [Rejected(self.name, "code of yours computes the loss; padding is judged where the model does")]
         assert isinstance(subject.loader, DataLoader)
         batches = [_to(each, subject.device) for each in sample_batches(subject.loader, _BATCHES)]
         if reason := next((why for each in batches if (why := _why_not_batch(each))), None):

@@ -25,6 +25,7 @@ class Subject:
         compute_dtype: In which its matrix products run: autocast's, else that of the weights.
         owns_precision: Autocast may be changed: no trainer is in charge of it.
         goal: What is wanted; memory proposes what costs speed.
+        own_loss: The model itself gives the loss: no loss function and no ``training_step`` of the user's does.
         batch: One real batch on the device, any pytree; None where a plan is replayed or made by rules.
         loader: The training data loader, None where it is not known.
         optimizer: The one optimizer, None where it is not known.
@@ -42,6 +43,7 @@ class Subject:
     compute_dtype: torch.dtype = torch.float32
     owns_precision: bool = False
     goal: Literal["speed", "memory"] = "speed"
+    own_loss: bool = True
     batch: Any = None
     loader: Iterable[Any] | None = None
     optimizer: torch.optim.Optimizer | None = None

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from kpt_lightning.errors import KptError
+from kpt_lightning.measure.generators import generators_kept
 from kpt_lightning.measure.statistics import median
 
 MAX_SECONDS = 5.0
@@ -38,7 +39,8 @@ class Loading:
     Attributes:
         seconds: Median time of one batch.
         busy: Share of it in which this process computed; the rest is waiting for a disk or a network.
-        changes: Attribute of the dataset that reading it changed, None where it stays as it is.
+        changes: Attribute of the dataset that reading it changed, or a generator of random numbers in it or in the
+            collate function, which was put back; None where all stays as it is.
         batch: The last batch.
     """
 
@@ -62,7 +64,8 @@ def why_not_measurable(loader: DataLoader[Any]) -> str | None:
 def measure_loader(loader: DataLoader[Any], batches: int = 5) -> Loading:
     """Load batches in this process, whatever ``num_workers`` is.
 
-    The samples are read from the dataset, not through the sampler; random state is put back.
+    The samples are read from the dataset, not through the sampler; random state is put back, that of generators which
+    the dataset holds too.
 
     Args:
         loader: Of a map-style dataset.
@@ -73,7 +76,7 @@ def measure_loader(loader: DataLoader[Any], batches: int = 5) -> Loading:
     """
     keys = _keys(loader, batches + 1)
     before, busy, times, batch = _attributes(loader.dataset), 0.0, [], None
-    with _random_state_kept():
+    with _random_state_kept(), generators_kept(loader) as moved:
         for each in keys:
             cpu, start = time.process_time(), time.perf_counter()
             batch = _fetch(loader, each)
@@ -83,6 +86,7 @@ def measure_loader(loader: DataLoader[Any], batches: int = 5) -> Loading:
                 break
     after = _attributes(loader.dataset)
     changed = next((name for name in before.keys() | after.keys() if before.get(name) != after.get(name)), None)
+    changed = next(iter(moved), changed)
     seconds = median(times[1:] or times)
     assert seconds is not None
     return Loading(seconds, min(1.0, busy / times[-1]), changed, batch)
@@ -131,7 +135,7 @@ def sample_batches(loader: DataLoader[Any], count: int) -> list[Any]:
     Raises:
         KptError: See :func:`why_not_measurable`.
     """
-    with _random_state_kept():
+    with _random_state_kept(), generators_kept(loader):
         return [_fetch(loader, each) for each in _keys(loader, count)]
 
 

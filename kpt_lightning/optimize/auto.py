@@ -83,6 +83,7 @@ def auto_optimize(
     engine = Engine(built)
     if work is not None:
         subject = _subject(model, built, device, batch, optimizer, loader, goal)
+        subject.own_loss = loss_fn is None
         undrive = drive(model, subject)
         try:
             made = plan_by_trial(

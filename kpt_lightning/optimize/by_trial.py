@@ -47,7 +47,9 @@ def plan_by_trial(
         say: As in :func:`search`.
     """
     candidates = tuple(registry.candidates() if pool is None else pool)
-    key = plan_key(subject, candidates, precision)
+    # training_step is a method of the model; a plain loop may have a loss function of its own.
+    loss = getattr(work, "loss_fn", None)
+    key = plan_key(subject, candidates, precision, () if loss is None else (loss,))
     if cache is not None and (found := find_plan(cache, key)) is not None:
         say(f"plan taken from {cache / key}.json: the same model, batch, machine and versions; nothing is tried")
         return replace(found, basis="trial, kept from an earlier run")
@@ -103,4 +105,4 @@ def _blocks(subject: Subject, plan: Plan) -> list[Decision]:
 
 
 def _out_of_time(outcome: Outcome) -> bool:
-    return any("no time left" in trial.reason for trial in outcome.trials)
+    return any(trial.ended == "no time" for trial in outcome.trials)

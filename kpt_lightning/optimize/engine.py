@@ -28,6 +28,10 @@ from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 # With manual optimization, optimizer steps of other modules that may come before the first FP8 GEMM.
 _OTHERS_TURNS = 16
 
+HALF = {"bf16-mixed": torch.bfloat16, "fp8": torch.bfloat16, "bf16": torch.bfloat16, "bf16-true": torch.bfloat16,
+        "16-mixed": torch.float16, "16-true": torch.float16}  # fmt: skip
+"""Precisions by name, with the dtype that their matrix products run in; others run in fp32."""
+
 
 class Engine:
     """One model at a time. Lightning, Fabric and plain loops all drive this.
@@ -121,7 +125,7 @@ class Engine:
             plan = adopted(plan, profile, parallel=parallel, given_precision=given_precision)
         self._subject = Subject(
             model=model, profile=profile, config=plan.config, device=torch.device(device_type), optimizer=optimizer,
-            loader=loader,
+            loader=loader, compute_dtype=HALF.get(plan.precision, torch.float32),
         )  # fmt: skip
         with ExitStack() as undo:
             undo.callback(self._forget)

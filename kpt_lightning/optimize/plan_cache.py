@@ -6,6 +6,7 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from kpt_lightning.candidates.candidate import Candidate
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.errors import ConfigError
+from kpt_lightning.optimize.code_facts import code_facts
 from kpt_lightning.optimize.model_facts import model_facts
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.replay import load_plan
@@ -27,16 +29,21 @@ DIRECTORY = Path(".kpt/plans")
 """Under the current directory, beside the run history."""
 
 
-def plan_key(subject: Subject, pool: tuple[Candidate, ...], precision: str) -> str:
+def plan_key(
+    subject: Subject, pool: tuple[Candidate, ...], precision: str, functions: Sequence[Callable[..., Any]] = ()
+) -> str:
     """What must be equal for a plan to be used again.
 
     Args:
         subject: Model, batch, settings and machine.
         pool: Candidates that were tried.
         precision: Of the trainer, or of the model in a plain loop.
+        functions: That training calls beside the model, such as the loss function: their code counts.
     """
     facts = {
         "model": model_key(subject.model),
+        "functions": [code_facts(nn.Identity(), each) for each in functions],
+        "losses": [model_facts(each) for each in functions if isinstance(each, nn.Module)],
         "batch": _sizes(subject.batch),
         "config": subject.config.model_dump(mode="json"),
         "precision": precision,
@@ -59,7 +66,7 @@ def plan_key(subject: Subject, pool: tuple[Candidate, ...], precision: str) -> s
 
 def model_key(model: nn.Module) -> str:
     """Equal for models of the same weights' shapes, settings and code."""
-    return digest({"model": model_fingerprint(model), "structure": model_facts(model)})
+    return digest({"model": model_fingerprint(model), "structure": model_facts(model), "code": code_facts(model)})
 
 
 def find_plan(directory: Path, key: str) -> Plan | None:

@@ -1,10 +1,13 @@
 import io
 import os
+import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.hardware import detect
+from kpt_lightning.measure.loading import sample_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 needs_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
@@ -57,6 +61,23 @@ class Caching(Slow):
 class OnDevice(Slow):
     def __getitem__(self, index: int) -> Tensor:
         return super().__getitem__(index).to("meta")
+
+
+class Augmenting(Slow):
+    """With random numbers of its own."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.transforms = [partial(next_of, generator)]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return super().__getitem__(index) + int(self.transforms[0]() * 0)
+
+
+def next_of(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return float(torch.rand((), generator=generator))
+    return float(generator.random())
 
 
 class Endless(IterableDataset[int]):
@@ -151,6 +172,31 @@ def test_where_workers_are_no_help_or_no_use_the_reason_says_so(case: str, tmp_p
     assert why in reason(CANDIDATE.applies(subject(loader, step)))
     if case == "open file":
         loader.dataset.file.close()
+
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.Generator().manual_seed(3),
+    "python": lambda: random.Random(3),
+    "numpy": lambda: numpy.random.default_rng(3),
+    "old numpy": lambda: numpy.random.RandomState(3),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("where", ["attribute", "collate function"])
+@needs_cores
+def test_a_generator_of_the_datasets_own_is_put_back_and_declined(kind: str, where: str) -> None:
+    generator, twin = GENERATORS[kind](), GENERATORS[kind]()
+
+    def collate(samples: list[Tensor]) -> Tensor:
+        return torch.stack(samples) + int(next_of(generator) * 0)
+
+    inside = where == "attribute"
+    loader = DataLoader(Augmenting(generator), 8) if inside else DataLoader(Slow(), 8, collate_fn=collate)
+    why = reason(CANDIDATE.applies(subject(loader)))
+    assert ("changes 'transforms[0][0]'" if inside else "changes 'collate_fn'") in why
+    sample_batches(loader, 2)
+    assert next_of(generator) == next_of(twin)
 
 
 def test_a_stored_setting_is_refused_for_another_kind_of_loader() -> None:

@@ -169,6 +169,12 @@ def test_a_model_whose_loss_changes_or_is_not_given_is_declined() -> None:
     assert "gives no loss" in reasons(CANDIDATE.applies(subject(NoLoss(), loader())))
 
 
+def test_padding_is_declined_where_code_of_the_users_computes_the_loss() -> None:
+    on = subject(Slow(), loader())
+    on.own_loss = False
+    assert "code of yours computes the loss" in reasons(CANDIDATE.applies(on))
+
+
 def test_a_stored_setting_is_refused_for_another_kind_of_loader() -> None:
     with pytest.raises(ConfigError, match="Make a new plan"):
         CANDIDATE.apply(subject(Slow(), [1]), {"multiple": 8, "token": 0, "mask": 1, "longest": None})

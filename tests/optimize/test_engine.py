@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kpt_lightning.candidates.candidate import Change
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Rejected
-from kpt_lightning.errors import KptError, UnsupportedHardwareError, VerificationError
+from kpt_lightning.errors import ConfigError, KptError, UnsupportedHardwareError, VerificationError
 from kpt_lightning.optimize.engine import Engine
 from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optional import TORCHAO
 from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.precision.gemm import count_gemms
 from kpt_lightning.validation.numerics import sqnr_db
@@ -422,4 +423,36 @@ def test_the_attention_kernel_that_ran_is_held_against_the_plan(used: str, prove
     assert started.plan is not None
     (proof,) = [each for each in started.plan.proofs if each.subject == "attention"]
     assert bool(proof) is proved
+    started.stop()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torchao")
+@pytest.mark.skipif(not TORCHAO.available(), reason="torchao is not installed")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp8", "32"])
+def test_bf16_weights_are_replayed_where_the_plan_runs_in_bf16(precision: str) -> None:
+    config = KptConfig.build({"precision": "bf16-mixed"})
+    changes = [Change(candidate="bf16_weights")]
+    plan = Plan(config=config, device="cpu", precision=precision, parallel="single", changes=changes)
+    started, model = Engine(config), Blocks()
+    optimizer = torch.optim.AdamW(model.parameters())
+    if precision == "32":
+        with pytest.raises(ConfigError, match="need bf16 autocast first"):
+            started.start(model, "cpu", plan=plan, optimizer=optimizer)
+    else:
+        started.start(model, "cpu", plan=plan, optimizer=optimizer)
+        assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+        started.stop()
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32", "float32"), ("fp8", "bfloat16"), ("16-mixed", "float16"), ("64-true", "float32")]
+)
+def test_a_replayed_change_sees_the_dtype_that_the_plan_runs_in(precision: str, dtype: str) -> None:
+    config = KptConfig()
+    plan = Plan(config=config, device="cpu", precision=precision, parallel="single")
+    started = Engine(config)
+    started.start(Blocks(), "cpu", plan=plan)
+    assert started.subject is not None
+    assert started.subject.compute_dtype is getattr(torch, dtype)
     started.stop()

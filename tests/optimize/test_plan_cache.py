@@ -141,6 +141,29 @@ def test_each_fact_makes_another_key(fact: str) -> None:
     assert key(**OTHER[fact]()) != key()
 
 
+def norm_of(rule: Any) -> Any:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        forward = rule
+
+    return Norm()
+
+
+def test_classes_of_one_name_with_other_rules_have_other_keys() -> None:
+    plain, shifted = norm_of(lambda self, x: x * self.weight), norm_of(lambda self, x: x * (1 + self.weight))
+    assert key(model=plain) == key(model=plain) != key(model=shifted)
+
+
+def test_another_loss_function_has_another_key() -> None:
+    known = subject()
+    losses = [F.mse_loss, F.l1_loss, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)]
+    found = {plan_key(known, POOL, "32", (each,)) for each in losses}
+    assert len(found | {plan_key(known, POOL, "32")}) == 5
+
+
 def test_optimizers_and_loaders_differ_by_their_settings() -> None:
     weights = [nn.Parameter(torch.ones(1))]
     optimizers = [torch.optim.AdamW(weights, fused=fused) for fused in (None, True, False)]
