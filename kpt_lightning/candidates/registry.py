@@ -2,6 +2,7 @@
 
 import functools
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module, metadata
 
@@ -19,8 +20,10 @@ ENTRY_POINTS = "kpt_lightning.candidates"
 def candidates() -> tuple[Candidate, ...]:
     """All candidates in the order of their turn.
 
+    An entry point that cannot be loaded, or gives something else, is a warning and left out.
+
     Raises:
-        ConfigError: Two have one name, or an entry point cannot be loaded or gives something else.
+        ConfigError: Two have one name.
     """
     found = [*_own(), *_foreign()]
     for each in found:
@@ -69,19 +72,25 @@ def _own() -> tuple[Candidate, ...]:
 
 
 def _foreign() -> list[Candidate]:
-    return [_loaded(entry) for entry in metadata.entry_points(group=ENTRY_POINTS)]
+    found = []
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        each = _loaded(entry)
+        if not isinstance(each, Rejected):
+            found.append(each)
+        else:
+            warnings.warn(f"kpt: {each.reason}; it is left out. Repair or uninstall that package", stacklevel=3)
+    return found
 
 
-def _loaded(entry: metadata.EntryPoint) -> Candidate:
+def _loaded(entry: metadata.EntryPoint) -> Candidate | Rejected:
     owner = "an installed package" if entry.dist is None else entry.dist.name
+    title = f"entry point {entry.name!r} of {owner}"
     try:
         each = entry.load()
-    except (ImportError, AttributeError) as error:
-        rule = f"entry point {entry.name!r} of {owner} cannot be loaded: {error}"
-        raise ConfigError("candidate", entry.value, rule, f"Repair or uninstall {owner}") from error
+    except Exception as error:  # noqa: BLE001  code of others runs at their import, and may fail in any way
+        return Rejected(entry.name, f"{title} cannot be loaded: {type(error).__name__}: {error}")
     # A class has the attributes of its objects.
     if isinstance(each, type) or not isinstance(each, Candidate):
         found = f"the class {each.__name__}" if isinstance(each, type) else type(each).__name__
-        rule = f"entry point {entry.name!r} of {owner} gives no candidate but {found}"
-        raise ConfigError("candidate", entry.value, rule, "See kpt_lightning.candidates.candidate.Candidate")
+        return Rejected(entry.name, f"{title} gives no candidate but {found}")
     return each

@@ -10,6 +10,7 @@ from kpt_lightning.decision import Accepted
 from kpt_lightning.errors import ConfigError, UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
 from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.setting_forms import check_setting
 from kpt_lightning.precision.convert import float8_available
 
 
@@ -34,7 +35,8 @@ def adopted(plan: Plan, profile: HardwareProfile, *, parallel: Accepted | None, 
     """The plan for another run: nothing is proved yet.
 
     Raises:
-        ConfigError: It names a candidate that is not known here, or contradicts the trainer's own precision.
+        ConfigError: It names a candidate that is not known here, lacks part of a setting, or contradicts the trainer's
+            own precision.
         UnsupportedHardwareError: It needs what this machine does not have.
     """
     # FP8 layers run under a trainer's bf16 autocast as well.
@@ -52,6 +54,7 @@ def adopted(plan: Plan, profile: HardwareProfile, *, parallel: Accepted | None, 
 
 def _check(change: Change, plan: Plan, profile: HardwareProfile) -> None:
     candidate = registry.candidate(change.candidate)
+    check_setting(change)
     verdicts = [profile.supports(feature) for feature in candidate.features]
     verdicts += [package.available() for package in candidate.packages]
     if change.candidate == "float8":

@@ -144,16 +144,22 @@ def test_another_package_offers_one_by_an_entry_point(install: Callable[[str, st
         ("kpt_foreign:NUMBER", "gives no candidate but int"),
         ("kpt_foreign:Extra", "gives no candidate but the class Extra"),
         ("kpt_foreign", "gives no candidate but module"),
-        ("kpt_foreign:GONE", "cannot be loaded: .*GONE"),
-        ("kpt_gone:CANDIDATE", "cannot be loaded: No module named 'kpt_gone'"),
+        ("kpt_foreign:GONE", "cannot be loaded: AttributeError: .*GONE"),
+        ("kpt_gone:CANDIDATE", "cannot be loaded: ModuleNotFoundError: No module named 'kpt_gone'"),
+        ("kpt_foreign", "cannot be loaded: ZeroDivisionError"),
+        ("kpt_foreign", "cannot be loaded: SyntaxError"),
     ],
 )
-def test_an_entry_point_that_gives_no_candidate_is_told_with_its_package(
+def test_an_entry_point_that_gives_no_candidate_is_told_with_its_package_and_stops_nobody(
     install: Callable[[str, str, str], None], value: str, told: str
 ) -> None:
-    install("kpt_foreign", SOURCE.format(name="foreign", turn=99), value)
-    with pytest.raises(ConfigError, match=rf"entry point 'kpt_foreign_point' of kpt_foreign {told}"):
-        registry.candidates()
+    before = names()
+    source = SOURCE.format(name="foreign", turn=99)
+    source += {"ZeroDivisionError": "1 / 0\n", "SyntaxError": "1 +\n"}.get(told.rpartition(" ")[2], "")
+    install("kpt_foreign", source, value)
+    install("kpt_good", SOURCE.format(name="good", turn=99), "kpt_good:CANDIDATE")
+    with pytest.warns(UserWarning, match=rf"entry point 'kpt_foreign_point' of kpt_foreign {told}.* left out"):
+        assert names() == [*before, "good"]
 
 
 def test_two_of_one_name_are_refused(install: Callable[[str, str, str], None]) -> None:
