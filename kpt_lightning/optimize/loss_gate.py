@@ -7,7 +7,7 @@ import torch
 
 from kpt_lightning.candidates.candidate import Change
 from kpt_lightning.optimize.apply import applied
-from kpt_lightning.optimize.trial import Laboratory
+from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.work import resampled
 from kpt_lightning.validation.gates import Numerics, gate
@@ -52,4 +52,4 @@ class LossGate:
                 return laboratory.work.loss()
 
         with applied(laboratory.subject, changes, laboratory.lookup):
-            return losses_after(laboratory.subject.model, step)
+            return losses_after(laboratory.subject.model, step, deadline=laboratory.deadline)

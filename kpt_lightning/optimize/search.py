@@ -1,5 +1,6 @@
 """The search: candidates in turn, each tried on top of what was kept; then the whole against the unchanged model."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,9 +17,12 @@ from kpt_lightning.measure.interleave import ROUNDS, SLOW_ROUNDS, SLOW_SECONDS
 from kpt_lightning.measure.statistics import median
 from kpt_lightning.optimize.apply import applied
 from kpt_lightning.optimize.baseline import Baseline, take_baseline
+from kpt_lightning.optimize.guarded import check_device, guarded, told
+from kpt_lightning.optimize.laboratory import Laboratory, train_once
 from kpt_lightning.optimize.loss_gate import LossGate
 from kpt_lightning.optimize.outcome import Outcome
-from kpt_lightning.optimize.trial import Laboratory, try_change
+from kpt_lightning.optimize.put_back import UnrestoredError, put_back
+from kpt_lightning.optimize.trial import try_change
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.whole import judge_whole
 from kpt_lightning.optimize.work import Work
@@ -87,8 +91,8 @@ def _first_look(subject: Subject, work: Work) -> Baseline:
         raise
     except Exception as error:
         raise KptError(
-            f"the unchanged model does not train on this batch, so nothing can be tried: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}. Make one forward and backward pass work first"
+            f"the unchanged model does not train on this batch, so nothing can be tried: {told(error)}. Make one "
+            "forward and backward pass work first"
         ) from error
     return baseline
 
@@ -99,12 +103,11 @@ def _record(subject: Subject, work: Work) -> None:
 
 
 def _seconds(subject: Subject, work: Work) -> float:
-    laboratory = Laboratory(subject, work, None, registry.candidate, 0.0)  # type: ignore[arg-type]
     times = []
     with preserved(subject.model):
         for _ in range(3):
             begin = time.perf_counter()
-            laboratory.train_once()
+            train_once(subject, work)
             _wait(subject)
             times.append(time.perf_counter() - begin)
     return median(times) or 0.0
@@ -126,7 +129,7 @@ def _try_candidate(laboratory: Laboratory, candidate: Candidate, outcome: Outcom
     if not kept:
         kept = _best_of(laboratory, candidate, [each for each in changes if each.fallback], outcome, losses, say)
     if kept and candidate.numerics is Numerics.PRECISION:
-        _new_baseline(laboratory, outcome.changes)
+        _follow(laboratory, outcome)
 
 
 def _best_of(
@@ -137,7 +140,8 @@ def _best_of(
     records: list[tuple[TrialRecord, Change]] = []
     for change in changes:
         if time.monotonic() > laboratory.deadline:
-            outcome.trials.append(_untried(candidate, change, "no time left; raise max_seconds"))
+            record = _untried(candidate, change, "no time left; raise max_seconds")
+            outcome.trials.append(replace(record, ended="no time"))
             continue
         record = try_change(laboratory, outcome.changes, change)
         say(f"{candidate.name}: {change.reason}: {'passes' if record.kept else 'not kept'}, {record.reason}")
@@ -147,7 +151,8 @@ def _best_of(
         if record.kept and chosen:
             record = replace(record, kept=False, reason="an alternative is better")
         elif record.kept and candidate.numerics is Numerics.PRECISION:
-            record = losses.judged(record, [*outcome.changes, change])
+            judge = functools.partial(losses.judged, record, [*outcome.changes, change])
+            record = guarded(laboratory.subject, record, judge)
             say(f"{candidate.name}: {change.reason}: {'kept' if record.kept else record.reason}")
         if record.kept:
             chosen = True
@@ -174,16 +179,32 @@ def _proposals(laboratory: Laboratory, candidate: Candidate, kept: Sequence[Chan
     if isinstance(verdict, Rejected):
         return [verdict]
     try:
-        with applied(subject, kept, laboratory.lookup), preserved(subject.model):
+        with put_back(subject), applied(subject, kept, laboratory.lookup), preserved(subject.model):
             return candidate.applies(subject)
+    except UnrestoredError:
+        raise
     except Exception as error:  # noqa: BLE001  a candidate may fail in any way, and the run goes on
-        return [
-            Rejected(candidate.name, f"failed to look: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        ]
+        check_device(subject.device)
+        return [Rejected(candidate.name, f"failed to look: {told(error)}")]
 
 
 def _refused(candidate: Candidate, reason: str) -> TrialRecord:
     return TrialRecord(candidate=candidate.name, level=candidate.level.value, reason=reason)
+
+
+def _follow(laboratory: Laboratory, outcome: Outcome) -> None:
+    """Compare what comes next with the model in its new precision; where that cannot be measured, drop the change."""
+    number = max(at for at, trial in enumerate(outcome.trials) if trial.kept)
+    record, calls = outcome.trials[number], laboratory.subject.calls
+
+    def follow() -> TrialRecord:
+        _new_baseline(laboratory, outcome.changes)
+        return record
+
+    outcome.trials[number] = guarded(laboratory.subject, record, follow)
+    if not outcome.trials[number].kept:
+        outcome.changes.pop()
+        laboratory.subject.calls = calls
 
 
 def _new_baseline(laboratory: Laboratory, kept: Sequence[Change]) -> None:

@@ -2,22 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from kpt_lightning.candidates.candidate import Candidate, Change, SelfChecking, Stage
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import KptError
-from kpt_lightning.measure.interleave import ROUNDS, Gain, measure_gain
+from kpt_lightning.measure.interleave import Gain, measure_gain
 from kpt_lightning.measure.saved import peak_of, saved_bytes
 from kpt_lightning.measure.statistics import values_needed
-from kpt_lightning.optimize.apply import Lookup, applied
 from kpt_lightning.optimize.baseline import Baseline, evaluating
 from kpt_lightning.optimize.guarded import guarded
+from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.trial_record import TrialRecord
-from kpt_lightning.optimize.work import Work
 from kpt_lightning.precision.gemm import count_gemms
 from kpt_lightning.validation.gates import Numerics, gate
 from kpt_lightning.validation.loss_run import preserved_weights, room_for_weights
@@ -26,43 +25,6 @@ from kpt_lightning.validation.state import preserved
 
 NEGLIGIBLE = 1.005
 """A gain below half a per cent is not worth a change, however sure it is."""
-
-
-@dataclass(slots=True)
-class Laboratory:
-    """What all trials of one search share.
-
-    Attributes:
-        subject: The model and what surrounds it; unchanged between trials.
-        work: Its forward pass on a real batch.
-        baseline: Of the kept changes without compilation.
-        lookup: Name to candidate.
-        deadline: Value of ``time.monotonic()`` when time is out.
-        rounds: Pairs of timings in a trial.
-    """
-
-    subject: Subject
-    work: Work
-    baseline: Baseline
-    lookup: Lookup
-    deadline: float
-    rounds: int = ROUNDS
-
-    def state(self, changes: Sequence[Change]) -> Callable[[], AbstractContextManager[None]]:
-        """The model with these changes, while entered."""
-        return lambda: applied(self.subject, changes, self.lookup)
-
-    def train_once(self) -> None:
-        """One forward and backward pass; gradients are dropped."""
-        self.work.loss().backward()  # type: ignore[no-untyped-call]
-        self.subject.model.zero_grad(set_to_none=True)
-
-    def with_step(self) -> None:
-        """One whole optimizer step."""
-        assert self.subject.optimizer is not None
-        self.work.loss().backward()  # type: ignore[no-untyped-call]
-        self.subject.optimizer.step()
-        self.subject.optimizer.zero_grad(set_to_none=True)
 
 
 def try_change(laboratory: Laboratory, kept: Sequence[Change], change: Change) -> TrialRecord:
@@ -198,4 +160,3 @@ def _judged_by_memory(record: TrialRecord, promised: int) -> TrialRecord:
     saved = -record.memory_bytes
     text = f"saves {saved / 1e6:,.0f} MB of {promised / 1e6:,.0f} MB promised"
     return replace(record, kept=saved >= promised, reason=text)
-

@@ -1,7 +1,7 @@
 """What one trial showed: data for the plan."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -23,6 +23,7 @@ class TrialRecord:
         memory_bytes: Change of peak memory, negative is less; None where the device does not tell.
         gate: What the comparison of numbers said; empty where it was not reached.
         seconds: What the trial cost.
+        ended: "judged", "failed" where code raised, or "no time" where the deadline came first.
     """
 
     candidate: str
@@ -38,6 +39,11 @@ class TrialRecord:
     memory_bytes: int | None = None
     gate: str = ""
     seconds: float = 0.0
+    ended: str = "judged"
+
+    def refused(self, reason: str, ended: str = "judged") -> "TrialRecord":
+        """The record, not kept."""
+        return replace(self, kept=False, reason=reason, ended=ended)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-like data."""

@@ -7,8 +7,10 @@ from dataclasses import replace
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.measure.interleave import Gain, measure_gain
 from kpt_lightning.optimize.baseline import Baseline
+from kpt_lightning.optimize.guarded import told
+from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.outcome import Outcome
-from kpt_lightning.optimize.trial import Laboratory, compare, judge_gain, preserved_optimizer
+from kpt_lightning.optimize.trial import compare, judge_gain, preserved_optimizer
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.validation.gates import Numerics
 from kpt_lightning.validation.state import preserved
@@ -40,7 +42,7 @@ def judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say: 
                 # Each part was surely faster by itself: noise is the likelier reason.
                 gain = _measure_whole(laboratory, outcome.changes, Stage.OPTIMIZER in stages)
     except Exception as error:  # noqa: BLE001  together they may fail where each alone did not
-        reason = f"failed together: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"failed together: {told(error)}"
         _drop_all(outcome, replace(record, reason=reason), say)
         return
     record = replace(

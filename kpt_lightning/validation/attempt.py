@@ -25,8 +25,13 @@ class Failure:
     @property
     def text(self) -> str:
         """Type and message on one line, cut where it is long."""
-        line = " ".join(f"{type(self.error).__name__}: {self.error}".split())
-        return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+        return one_line(f"{type(self.error).__name__}: {self.error}", LONGEST)
+
+
+def one_line(message: object, longest: int = 200) -> str:
+    """A message without line breaks, cut where it is long."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def attempt(run: Callable[[], T]) -> Done[T] | Failure:

@@ -1,5 +1,7 @@
 """A short training run from the present weights, which are put back bit for bit from a copy."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.errors import KptError
 from kpt_lightning.validation.state import preserved, seed_all
 
 STEPS = 8
@@ -24,6 +27,10 @@ on one H200 a Llama of 1.2 B parameters is 9 % of the fall behind in tensorwise 
 steps on real text. However far the repeats are apart, a quarter of the fall is no rounding."""
 
 
+class OutOfTimeError(KptError):
+    """The deadline came before there was something to judge."""
+
+
 def room_for_weights(model: nn.Module) -> Decision:
     """Whether device or host have room for a copy of the trainable weights."""
     needed = _bytes(model)
@@ -34,8 +41,9 @@ def room_for_weights(model: nn.Module) -> Decision:
 
 
 def losses_after(
-    model: nn.Module, step: Callable[[int, int], Tensor], *, seeds: Sequence[int] = SEEDS, steps: int = STEPS
-) -> list[float]:
+    model: nn.Module, step: Callable[[int, int], Tensor], *, seeds: Sequence[int] = SEEDS, steps: int = STEPS,
+    deadline: float = math.inf,
+) -> list[float]:  # fmt: skip
     """Loss after a few steps, once for each seed, each time from the same weights.
 
     The update of each tensor is its gradient at a fixed share of the tensor's norm, which needs no state and no
@@ -46,6 +54,10 @@ def losses_after(
         step: (seed, number of the step) to a loss with its graph; number ``steps`` is the last and only read.
         seeds: Runs.
         steps: How many before the loss is read.
+        deadline: Value of ``time.monotonic()`` after which no step begins.
+
+    Raises:
+        OutOfTimeError: The deadline came first.
     """
     found = []
     with preserved_weights(model) as put_back, preserved(model, weights=False):
@@ -53,6 +65,8 @@ def losses_after(
             put_back()
             seed_all(seed)
             for number in range(steps):
+                if time.monotonic() > deadline:
+                    raise OutOfTimeError("no time left to compare losses; raise max_seconds")
                 step(seed, number).backward()  # type: ignore[no-untyped-call]
                 _update(model)
             found.append(float(step(seed, steps).detach()))

@@ -35,14 +35,14 @@ class Reachable:
     restore: list[Callable[[], None]] = field(default_factory=list)
 
 
-def survey(model: nn.Module) -> Reachable:
+def survey(*roots: object) -> Reachable:
     """Walk through attributes, containers and objects of the user's own classes; each is met once, cycles too.
 
     Objects of installed packages are left alone, as are those that hold a model, data or an optimizer, closures,
     iterators and class attributes.
     """
     found = Reachable()
-    waiting: list[Any] = [model]
+    waiting: list[Any] = list(roots)
     seen: set[int] = set()
     while waiting:
         value = waiting.pop()

@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,32 @@ from kpt_lightning.errors import KptError
 from kpt_lightning.validation.reachable import survey
 from kpt_lightning.validation.written import place, watch
 
+_SURROUNDINGS: ContextVar[tuple[object, ...]] = ContextVar("surroundings", default=())
+
+
+@contextmanager
+def surrounded_by(*others: object) -> Iterator[None]:
+    """Inside, every :func:`preserved` looks after these as after the model: a loss module, a batch, more parameters.
+
+    Args:
+        others: Modules, tensors, or containers of them.
+    """
+    token = _SURROUNDINGS.set((*_SURROUNDINGS.get(), *others))
+    try:
+        yield
+    finally:
+        _SURROUNDINGS.reset(token)
+
 
 @contextmanager
 def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     """Run the model inside; afterwards all but its weights is what it was.
 
-    Put back: gradients (there are none inside), ``requires_grad``, train mode, buffers, attributes of modules with all
-    that ``validation.reachable.survey`` finds in them, and the random state of Python, NumPy, torch and each CUDA
-    device. Weights are not copied: a model whose own forward or backward pass writes to them is found out, by their
-    version counters and, for writes through ``.data``, by a few elements of each.
+    Put back: gradients (there are none inside), ``requires_grad``, train mode, buffers, classes and attributes of
+    modules with all that ``validation.reachable.survey`` finds in them, the same of what :func:`surrounded_by` names,
+    and the random state of Python, NumPy, torch and each CUDA device. Weights are not copied: a model whose own forward
+    or backward pass writes to them is found out, by their version counters and, for writes through ``.data``, by a few
+    elements of each.
 
     Args:
         model: On any device.
@@ -32,10 +50,11 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     _refuse_lazy(model)
     with ExitStack() as undo:
         undo.callback(_rng())
-        found = survey(model)
+        found = survey(model, *_SURROUNDINGS.get())
         leaves = [*found.parameters, *(each for each in found.tensors if each.is_leaf and each.requires_grad)]
         for back in found.restore:
             undo.callback(back)
+        undo.callback(_classes(found.modules))
         undo.callback(_flags(leaves))
         aliases, own = _split(found.tensors, found.parameters)
         for each in own:
@@ -82,6 +101,17 @@ def _rng() -> Callable[[], None]:
             torch.cuda.set_rng_state_all(cuda)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+    return restore
+
+
+def _classes(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    saved = [(each, type(each)) for each in modules]
+
+    def restore() -> None:
+        for each, kind in saved:
+            if type(each) is not kind:
+                each.__class__ = kind
 
     return restore
 

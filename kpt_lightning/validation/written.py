@@ -10,11 +10,12 @@ _ELEMENTS = 32
 """Looked at in each tensor: what updates a weight through ``.data``, as a momentum encoder does, moves all of it."""
 
 
-def watch(tensors: Sequence[Tensor]) -> Callable[[], Tensor | None]:
+def watch(tensors: Sequence[Tensor], *, counters: bool = True) -> Callable[[], Tensor | None]:
     """From now on.
 
     Args:
         tensors: Any; those made in inference mode are left out.
+        counters: A version counter that moved is a write; False where what was written may have been put back.
 
     Returns:
         Tells the first that was written to since, by its version counter, or by some elements where a write through
@@ -26,7 +27,7 @@ def watch(tensors: Sequence[Tensor]) -> Callable[[], Tensor | None]:
 
     def written() -> Tensor | None:
         for each, version in counted:
-            if each._version != version:
+            if counters and each._version != version:
                 return each
         after = _bits(looked)
         same = before.keys() == after.keys() and all(torch.equal(before[device], after[device]) for device in before)

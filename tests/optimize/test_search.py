@@ -12,6 +12,7 @@ from torch import nn
 from kpt_lightning.candidates.candidate import Stage
 from kpt_lightning.candidates.float8 import Float8
 from kpt_lightning.errors import ConfigError, KptError
+from kpt_lightning.optimize.baseline import take_baseline
 from kpt_lightning.optimize.outcome import Outcome
 from kpt_lightning.optimize.search import search
 from kpt_lightning.optimize.trial_record import TrialRecord
@@ -96,6 +97,123 @@ def test_a_failing_candidate_is_a_rejection_and_the_next_one_is_tried(failure: A
     outcome = run(model, first, Made("b", faster))
     assert outcome.trials[0].reason.startswith("failed")
     assert [change.candidate for change in outcome.changes] == ["b"]
+
+
+class Square(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).square()
+
+
+def undo_fails(model: Any) -> Callable[[], None]:
+    model.layers[0].up.__class__ = Square
+    model.layers[1].forward = lambda x: x
+    model.layers[1].register_forward_hook(lambda module, args, output: output * 0)
+
+    def undo() -> None:
+        raise ValueError("cannot undo")
+
+    return undo
+
+
+def half_applied(model: Any) -> Callable[[], None]:
+    model.layers[0].up.__class__ = Square
+    model.layers[1].up.weight.requires_grad_(False)
+    del model.layers[1].up.bias
+    raise ValueError("cannot go on")
+
+
+def undo_forgets(model: Any) -> Callable[[], None]:
+    model.layers[1].again = True
+    return faster(model)
+
+
+@pytest.mark.parametrize("fault", [undo_fails, half_applied, undo_forgets])
+@pytest.mark.parametrize("numerics", [Numerics.ROUNDING, Numerics.PRECISION])
+def test_what_a_bad_undo_leaves_is_put_back_and_the_next_candidate_sees_the_model_as_it_was(
+    fault: Any, numerics: Numerics
+) -> None:
+    model = Tiny(nap=NAP)
+    first = Made("bad", fault, numerics)
+    first.turn = 1
+    kinds, names = [type(each) for each in model.modules()], [sorted(vars(each)) for each in model.modules()]
+    before = [(name, id(each), each.requires_grad) for name, each in model.named_parameters()]
+    outcome = run(model, first, Made("honest", faster))
+    assert outcome.trials[0].ended == "failed"
+    assert outcome.trials[0].reason.startswith("failed: ")
+    assert [change.candidate for change in outcome.changes] == ["honest"]
+    assert outcome.trials[1].gate.startswith("outputs inf dB")
+    assert [type(each) for each in model.modules()] == kinds
+    assert [sorted(vars(each)) for each in model.modules()] == names
+    assert [(name, id(each), each.requires_grad) for name, each in model.named_parameters()] == before
+    assert not any(each._forward_hooks for each in model.modules())
+
+
+def test_an_undo_that_leaves_something_is_told_by_its_name() -> None:
+    assert "'s undo" not in only(run(Tiny(), Made("bad", faster), rounds=1)).reason
+    reason = only(run(Tiny(nap=NAP), Made("bad", undo_forgets))).reason
+    assert reason == "failed: its undo leaves layers.1.again changed"
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_that_a_candidate_has_lost_end_the_search_with_what_to_do(half: bool) -> None:
+    def loses(model: Any) -> Callable[[], None]:
+        model.layers[0].up.weight.data = (
+            model.layers[0].up.weight.data.to(torch.bfloat16 if half else torch.float32) * 2
+        )
+        raise ValueError("cannot go on")
+
+    with pytest.raises(KptError, match=r"values of weights.*could not be put back. Make the model anew"):
+        run(Tiny(), Made("loses", loses))
+
+
+def crashes_on_other_rows(model: Any, error: Exception) -> Callable[[], None]:
+    """Passes its trial; a loss run draws rows anew."""
+    plain = type(model).forward.__get__(model)
+
+    def forward(x: Any) -> Any:
+        if not torch.equal(x, batch()):
+            raise error
+        return plain(x)
+
+    undo, awake = set_on(model, "forward", forward), faster(model)
+
+    def both() -> None:
+        awake()
+        undo()
+
+    return both
+
+
+@pytest.mark.parametrize("error", [ValueError("cannot train"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_crash_of_the_loss_run_is_a_rejection_and_the_search_goes_on(error: Exception) -> None:
+    model = Tiny(nap=NAP)
+    first = Made("late", lambda model: crashes_on_other_rows(model, error), Numerics.PRECISION)
+    first.turn = 1
+    outcome = run(model, first, Made("honest", faster))
+    assert outcome.trials[0].ended == "failed", outcome.trials[0]
+    assert outcome.trials[0].gain is not None
+    assert str(error) in outcome.trials[0].reason
+    assert [change.candidate for change in outcome.changes] == ["honest"]
+
+
+def test_a_change_without_room_for_a_new_baseline_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tiny(nap=NAP)
+    taken: list[int] = []
+
+    def one_baseline(*args: Any) -> Any:
+        # The second is taken with the change in force; no machine has too little memory at that very moment.
+        taken.append(1)
+        if len(taken) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return take_baseline(*args)
+
+    monkeypatch.setattr("kpt_lightning.optimize.search.take_baseline", one_baseline)
+    first = Made("large", faster, Numerics.PRECISION)
+    first.turn = 1
+    outcome = run(model, first, Made("honest", faster))
+    assert outcome.trials[0].ended == "failed"
+    assert "OutOfMemoryError" in outcome.trials[0].reason
+    assert [change.candidate for change in outcome.changes] == ["honest"]
 
 
 def interrupted(model: nn.Module) -> Callable[[], None]:
@@ -212,6 +330,7 @@ def test_without_time_nothing_is_tried_and_the_reason_says_so() -> None:
     outcome = run(Tiny(nap=NAP), Made("honest", faster), max_seconds=1e-6)
     assert outcome.changes == []
     assert "max_seconds" in only(outcome).reason
+    assert only(outcome).ended == "no time"
     with pytest.raises(ConfigError, match="max_seconds"):
         run(Tiny(), max_seconds=0)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kpt_lightning.validation.loss_run import (
     SEEDS,
     STEPS,
+    OutOfTimeError,
     judge_losses,
     losses_after,
     preserved_weights,
@@ -87,6 +88,20 @@ def test_each_seed_starts_from_the_same_weights_and_gives_the_same_again() -> No
     assert losses_after(model, step) == first
     assert losses_after(model, step, seeds=[1]) == first[1:2]
     assert len(set(first)) == len(SEEDS)
+
+
+def test_no_step_begins_after_the_deadline_and_weights_are_put_back() -> None:
+    model, step = made()
+    before, calls = bits(model), []
+
+    def counted(seed: int, number: int) -> Tensor:
+        calls.append(number)
+        return step(seed, number)
+
+    with pytest.raises(OutOfTimeError, match="max_seconds"):
+        losses_after(model, counted, deadline=0.0)
+    assert not calls
+    assert bits(model) == before
 
 
 def test_the_loss_is_read_after_that_many_steps() -> None:
