@@ -1,10 +1,36 @@
-"""torch's own compiler under a key: code compiled under one key is never run under another."""
+"""torch's own compiler under a key: code compiled under one key is never run under another. Its runs are counted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(slots=True)
+class GraphRuns:
+    """Forward runs of graphs that :class:`Inductor` compiled, whenever that was.
+
+    Attributes:
+        total: How many.
+    """
+
+    total: int = 0
+
+
+_active: list[GraphRuns] = []
+
+
+@contextmanager
+def count_graph_runs() -> Iterator[GraphRuns]:
+    """Count every run in this process until the block ends."""
+    counts = GraphRuns()
+    _active.append(counts)
+    try:
+        yield counts
+    finally:
+        _active[:] = [other for other in _active if other is not counts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,4 +53,11 @@ class Inductor:
         # torch's caches of compiled code on disk know nothing of the key either.
         settings: Any = torch.compiler.config
         with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{self.key}"):
-            return compile_fx(graph, list(inputs))  # type: ignore[return-value,unused-ignore]
+            compiled: Any = compile_fx(graph, list(inputs))
+
+        def run(*args: Any) -> Any:
+            for counts in _active:
+                counts.total += 1
+            return compiled(*args)
+
+        return run

@@ -11,13 +11,14 @@ from torch import nn
 
 from kpt_lightning.attention.observe import observe_attention
 from kpt_lightning.attention.proof import check_backend, describe
+from kpt_lightning.candidates.inductor import GraphRuns, count_graph_runs
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import KptError, VerificationError
 from kpt_lightning.hardware import HardwareProfile, detect
 from kpt_lightning.optimize.apply import applied
-from kpt_lightning.optimize.graphs import GraphCounts, check_graphs
+from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, check_recompiles
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.replay import adopted
 from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
@@ -59,6 +60,8 @@ class Engine:
         self._model: weakref.ref[nn.Module] | None = None
         self._counts: GemmCounts | None = None
         self._graphs: GraphCounts | None = None
+        self._graphs_then: GraphCounts | None = None
+        self._runs: GraphRuns | None = None
         self._layers: list[Float8Linear] = []
         self._subject: Subject | None = None
         self._device_type = "cpu"
@@ -132,9 +135,11 @@ class Engine:
             self._graphs = GraphCounts.now() if plan.compiled_modules else None
             undo.enter_context(applied(self._subject, plan.changes))
             self._layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
+            undo.callback(self._counting.close)
             if self._layers:
                 self._counts = self._counting.enter_context(count_gemms())
-                undo.callback(self._counting.close)
+            if plan.compiled_modules:
+                self._runs = self._counting.enter_context(count_graph_runs())
             # Last, because rounding cannot be undone.
             if plan.precision == "bf16":
                 model.to(torch.bfloat16)
@@ -158,7 +163,11 @@ class Engine:
         """What only shows at the end: FP8 that never had its turn, blocks that fell back to Python after step 1."""
         if self._idle and not self._steps:
             return [f"no FP8 GEMM ran in {self._idle} optimizer steps"]
-        if self._graphs is None or self.plan is None or not self._steps or not all(self.plan.explain("whole graphs")):
+        if self._graphs is None or self.plan is None or not self._steps:
+            return []
+        if self._graphs_then is not None:
+            self.plan.proofs.append(check_recompiles(self._graphs_then))
+        if not all(self.plan.explain("whole graphs")):
             return []
         late = [proof for proof in check_graphs(self._graphs, self.plan.compiled_modules) if not proof]
         self.plan.proofs += late
@@ -166,6 +175,7 @@ class Engine:
 
     def _forget(self) -> None:
         self._model, self._counts, self._graphs, self._layers, self._idle = None, None, None, [], 0
+        self._graphs_then = self._runs = None
         self._subject = None
 
     @property
@@ -206,6 +216,8 @@ class Engine:
         if self._counts is not None and not self._training:
             self._counts.calls.clear()
             self._counts.emulated = 0
+        if self._runs is not None and not self._training:
+            self._runs.total = 0
         self._training = True
 
     def step(self, run: Callable[[], Any], *, whole: bool) -> Any:
@@ -231,18 +243,23 @@ class Engine:
                 self._counting.close()
         result = run()
         if not self._too_early(result, whole):
-            self.prove()
+            self.prove(whole=whole)
         return result
 
-    def prove(self) -> None:
+    def prove(self, *, whole: bool = True) -> None:
         """Check what the first step ran against the plan.
+
+        Args:
+            whole: The step is known to have called the model.
 
         Raises:
             VerificationError: Something planned did not run, or less than planned with ``on_mismatch="raise"``.
         """
         assert self.plan is not None
         self._steps = 1
-        for proof in self._proofs():
+        if self._graphs is not None:
+            self._graphs_then = GraphCounts.now()
+        for proof in self._proofs(whole):
             self._hold(proof)
 
     def _hold(self, proof: Decision) -> None:
@@ -261,7 +278,7 @@ class Engine:
         self._idle += 1
         return result is None if whole else self._idle < _OTHERS_TURNS
 
-    def _proofs(self) -> list[Decision]:
+    def _proofs(self, whole: bool) -> list[Decision]:
         """What the first step showed."""
         assert self.plan is not None
         proofs: list[Decision] = []
@@ -271,7 +288,8 @@ class Engine:
             if all(proofs):
                 proofs += check_gradients(self._layers)
         if self._graphs is not None:
-            proofs += check_graphs(self._graphs, self.plan.compiled_modules)
+            runs = self._runs.total if whole and self._runs is not None else None
+            proofs += check_graphs(self._graphs, self.plan.compiled_modules, runs)
         return proofs
 
     def _profiled(self, run: Callable[[], Any], whole: bool) -> Any:

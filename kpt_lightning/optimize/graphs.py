@@ -16,11 +16,13 @@ class GraphCounts:
         graphs: Graphs captured.
         breaks: Places where a graph broke and Python ran instead.
         failed: Functions that were to be compiled and run in Python, at the recompile limit for one.
+        attempts: Times that a function was traced, first and again for inputs of another kind.
     """
 
     graphs: int
     breaks: int
     failed: int
+    attempts: int
 
     @classmethod
     def now(cls) -> Self:
@@ -30,18 +32,20 @@ class GraphCounts:
             graphs=counters["stats"]["unique_graphs"],
             breaks=sum(counters["graph_break"].values()),
             failed=frames["total"] - frames["ok"],
+            attempts=frames["total"],
         )
 
 
-def check_graphs(before: GraphCounts, modules: int) -> list[Decision]:
+def check_graphs(before: GraphCounts, modules: int, runs: int | None = None) -> list[Decision]:
     """What this process compiled since ``before``: the modules, the loss, and what the user compiles.
 
     Args:
         before: Read when the modules were marked for compilation.
         modules: How many were: blocks, or others as a whole.
+        runs: Of compiled graphs since, new ones and those compiled before; None where they were not counted.
 
     Returns:
-        Nothing where no graph is new: compiled before in this process, or not run.
+        Nothing where no graph is new and runs were not counted.
     """
     now = GraphCounts.now()
     graphs, breaks, failed = now.graphs - before.graphs, now.breaks - before.breaks, now.failed - before.failed
@@ -53,8 +57,29 @@ def check_graphs(before: GraphCounts, modules: int) -> list[Decision]:
             f"{breaks} graph breaks in {graphs} graphs beside {modules} modules; TORCH_LOGS=graph_breaks names them"
         )
         return [Rejected("whole graphs", reason)]
-    if not graphs:
+    if runs is not None and runs < modules:
+        reason = f"compiled graphs ran {runs} times for {modules} modules; TORCH_LOGS=recompiles,graph_breaks says why"
+        return [Rejected("whole graphs", reason)]
+    if not graphs and runs is None:
         return []
+    if not graphs:
+        return [
+            Accepted("whole graphs", f"{runs} runs of graphs for {modules} modules, compiled before in this process")
+        ]
     return [
         Accepted("whole graphs", f"{graphs} graphs for {modules} modules and what else is compiled, without a break")
     ]
+
+
+def check_recompiles(after_first_step: GraphCounts) -> Decision:
+    """What was compiled after the first step: for other sizes, for evaluation, or by the user.
+
+    Args:
+        after_first_step: Read then.
+    """
+    count = GraphCounts.now().attempts - after_first_step.attempts
+    if not count:
+        return Accepted("recompiles", "none after step 1")
+    return Rejected(
+        "recompiles", f"{count} after step 1, evaluation and code that you compile included; TORCH_LOGS=recompiles"
+    )

@@ -53,8 +53,33 @@ def test_graph_breaks_are_reported_and_warned_about() -> None:
     assert not proof
 
 
-def test_blocks_compiled_before_prove_nothing_new() -> None:
+def test_blocks_compiled_before_are_proved_by_their_runs() -> None:
     torch._dynamo.reset()
     model = Model(breaks=False)
     proofs(model)
-    assert proofs(model) == []
+    (proof,) = proofs(model)
+    assert proof
+    assert proof.reason == "2 runs of graphs for 2 modules, compiled before in this process"
+
+
+def test_compiled_blocks_that_run_uncompiled_are_found_out() -> None:
+    torch._dynamo.reset()
+    model = Model(breaks=False)
+    proofs(model)
+    with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="ran 0 times for 2 modules"):
+        (proof,) = proofs(model)
+    assert not proof
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
+def test_what_is_compiled_after_the_first_step_is_counted(sizes: tuple[int, int]) -> None:
+    torch._dynamo.reset()
+    model = Model(breaks=False)
+    engine = Engine(KptConfig.build({"precision": "32", "compile": {"blocks": True}}))
+    engine.start(model, "cpu")
+    for size in sizes:
+        engine.step(lambda size=size: model(torch.randn(size, 16)).sum().backward() or True, whole=True)
+    engine.stop()
+    assert engine.plan is not None
+    (proof,) = engine.plan.explain("recompiles")
+    assert bool(proof) is (sizes[0] == sizes[1])
