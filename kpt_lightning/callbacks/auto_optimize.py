@@ -133,7 +133,7 @@ class AutoOptimizeCallback(pl.Callback):
     ) -> None:
         self._open.close()
         if self._own and self._engine is not None:
-            self._engine.loop_calls()
+            self._engine.loop_calls(looked_at=False)
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:

@@ -131,7 +131,7 @@ def _follow(model: nn.Module, engine: Engine) -> None:
         _ENGINES[model] = lambda: engine
         return
     _ENGINES[model] = weakref.ref(engine)
-    engine.own(drive(model, engine.subject, engine.loop_calls))
+    engine.own(drive(model, engine.subject, engine.loop_calls, engine.loop_call))
 
 
 def _subject(

@@ -2,6 +2,7 @@
 
 import copy
 import copyreg
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,12 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 _SLOT = "_kpt_subject"
 
 
-def drive(model: nn.Module, subject: Subject, before: Callable[[], None] | None = None) -> Callable[[], None]:
+Around = Callable[[Callable[[], Any]], Any]
+
+
+def drive(
+    model: nn.Module, subject: Subject, before: Callable[[], None] | None = None, around: Around | None = None
+) -> Callable[[], None]:
     """From now on each call of ``model`` runs in ``subject``'s contexts, outside of what is compiled.
 
     The object gets a subclass of its own class, of the same name. A copy or a pickle of it is undriven.
@@ -25,6 +31,7 @@ def drive(model: nn.Module, subject: Subject, before: Callable[[], None] | None 
         model: Called by the user's loop.
         subject: Whose contexts are entered.
         before: Called before each call of the model.
+        around: Makes each call that torch.compile does not trace: it is given a function that does it.
 
     Returns:
         Undoes it.
@@ -36,7 +43,7 @@ def drive(model: nn.Module, subject: Subject, before: Callable[[], None] | None 
         raise KptError(f"{type(model).__name__} is driven already; undo that first")
     original = type(model)
     kind = _driven(original)
-    vars(model)[_SLOT] = (subject, before)
+    vars(model)[_SLOT] = (subject, before, around)
     model.__class__ = kind
 
     def undo() -> None:
@@ -62,13 +69,16 @@ def _driven(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    subject, before = vars(self).get(_SLOT, (None, None))
+    subject, before, around = vars(self).get(_SLOT, (None, None, None))
     if subject is None:
         return self._kpt_plain.__call__(self, *args, **kwargs)
     if before is not None:
         before()
     with subject.forward_context():
-        output = self._kpt_plain.__call__(self, *args, **kwargs)
+        if around is None or torch.compiler.is_compiling():
+            output = self._kpt_plain.__call__(self, *args, **kwargs)
+        else:
+            output = around(functools.partial(self._kpt_plain.__call__, self, *args, **kwargs))
     # As Accelerate does: a loss computed outside of autocast must not run in bf16.
     return tree_map(_to_float32, output) if "autocast_bf16" in subject.applied else output
 

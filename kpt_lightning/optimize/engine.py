@@ -187,8 +187,12 @@ class Engine:
         """Let :meth:`stop` call ``undo`` before anything else is undone."""
         self._undo.callback(undo)
 
-    def loop_calls(self) -> None:
-        """The model is about to be called in a plain loop: at the second training step the first is checked."""
+    def loop_calls(self, *, looked_at: bool = True) -> None:
+        """The model is about to be called in a plain loop: at the second training step the first is checked.
+
+        Args:
+            looked_at: :meth:`loop_call` makes the call.
+        """
         model = None if self._model is None else self._model()
         if self._steps or model is None or not (model.training and torch.is_grad_enabled()):
             return
@@ -197,8 +201,28 @@ class Engine:
             return
         if self._training:
             self.prove()
-            self._counting.close()
+            if not looked_at:
+                self._counting.close()
+            return
         self.training_starts()
+
+    def loop_call(self, run: Callable[[], Any]) -> Any:
+        """Make one call of the model in a plain loop: in the second and third training step its kernels are looked at.
+
+        The backward pass runs outside of it, where another profiler may start.
+        """
+        model = None if self._model is None else self._model()
+        if self.plan is None or model is None or not (model.training and torch.is_grad_enabled()):
+            return run()
+        if self._steps not in (1, 2):
+            return run()
+        self._steps += 1
+        if self._steps == 3:
+            return self._observed(run, whole=True)
+        try:
+            return run() if self._counts is None else self._profiled(run, whole=True)
+        finally:
+            self._counting.close()
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kpt_lightning
 from kpt_lightning.candidates import registry
@@ -243,8 +244,9 @@ def test_what_the_first_step_ran_is_proved_at_the_second_and_a_mismatch_raises_b
         model(batch()).backward()
     plan = kpt_lightning.plan_of(model)
     assert plan is not None
-    assert [proof.subject for proof in plan.proofs] == ["fp8 calls", "fp8 gradients"]
-    assert all(plan.proofs)
+    assert [proof.subject for proof in plan.proofs] == ["fp8 calls", "fp8 gradients", "fp8 kernels"]
+    assert all(plan.proofs[:2])
+    assert plan.proofs[2].reason == "no CUDA device to profile; calls were counted"
     kpt_lightning.restore(model)
     undo = set_on(model.layers[0].up, "forward", lambda x: nn.functional.linear(x, model.layers[0].up.weight))
     made.config = KptConfig.build(settings | {"on_mismatch": "raise"})
@@ -254,6 +256,24 @@ def test_what_the_first_step_ran_is_proved_at_the_second_and_a_mismatch_raises_b
     model(batch()).backward()
     with pytest.raises(VerificationError, match="on_mismatch"):
         model(batch())
+
+
+@pytest.mark.parametrize("planned", ["math", "flash"])
+def test_the_attention_kernel_of_a_plain_loop_is_held_against_the_plan(planned: str) -> None:
+    change = Change(candidate="attention_backend", setting={"backend": planned})
+    made = Plan(config=KptConfig(), device="cpu", precision="32", parallel="single", changes=[change])
+    model = Tiny()
+    optimize(model, plan=made)
+
+    for _ in range(4):
+        # The candidate chooses its own kernel inside of the loop's choice.
+        with sdpa_kernel(SDPBackend.MATH):
+            model(batch()).backward()
+    plan = kpt_lightning.plan_of(model)
+    assert plan is not None
+    (proof,) = [each for each in plan.proofs if each.subject == "attention"]
+    assert proof, proof.reason
+    assert "2 calls ran on" in proof.reason
 
 
 @pytest.mark.slow

@@ -122,6 +122,25 @@ def test_contexts_are_entered_around_every_call_in_train_and_eval_mode() -> None
     assert made.calls == 2
 
 
+def test_a_call_can_be_made_by_another_and_compiled_code_goes_past_it() -> None:
+    torch._dynamo.reset()
+    model, runs = Net(), []
+
+    def around(run: Callable[[], Any]) -> Any:
+        runs.append(run)
+        return 2 * run()
+
+    plain = model(X)
+    undo = drive(model, subject(model), None, around)
+    assert torch.equal(model(X), 2 * plain)
+    compiled = torch.compile(model, backend="eager")
+    before = len(runs)
+    compiled(X)
+    assert len(runs) <= before + 1
+    undo()
+    assert torch.equal(model(X), plain)
+
+
 def test_hooks_of_the_users_run_inside() -> None:
     made = driven(Net())
     opened = []
