@@ -65,6 +65,7 @@ def take_baseline(subject: Subject, forward: Pass) -> Baseline:
         if unsteady:
             warnings.warn(f"kpt: {unsteady}", stacklevel=2)
             # What noise does cannot be told from what chance does.
+            moved = widest([moved, *(distance(first, read(model, forward)) for _ in range(3))])
             return Baseline(first, moved, random, unsteady, note)
         try:
             eager, shaken = _uncompiled(subject, forward)

@@ -14,6 +14,7 @@ from kpt_lightning.measure.interleave import Gain, measure_gain
 from kpt_lightning.measure.saved import peak_of, saved_bytes
 from kpt_lightning.measure.statistics import values_needed
 from kpt_lightning.optimize.baseline import Baseline, evaluating
+from kpt_lightning.optimize.fewer_bits import bits_of, expect
 from kpt_lightning.optimize.guarded import guarded
 from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.trial_record import TrialRecord
@@ -102,11 +103,15 @@ def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numeric
         return Rejected("gate", reason)
     with laboratory.state(changes)(), evaluating(subject.model, baseline.random), count_gemms() as gemms:
         reading = read(subject.model, laboratory.work.loss_and_outputs)
-        dtype = subject.compute_dtype
+        dtype, bits = subject.compute_dtype, bits_of(subject)
     planned = next((change for change in changes if change.candidate == "float8"), None)
     if planned is not None and not gemms.total:
         raise KptError("FP8 layers are in place and no FP8 product ran: the model runs stale compiled code")
-    verdict = judge(distance(baseline.reading, reading), gate(numerics, dtype), baseline.rounding)
+    expected = None
+    if numerics is Numerics.PRECISION:
+        with evaluating(subject.model, baseline.random):
+            expected = expect(subject.model, laboratory.work.loss_and_outputs, bits)
+    verdict = judge(distance(baseline.reading, reading), gate(numerics, dtype), baseline.rounding, expected)
     note = f"; {baseline.note}" if baseline.note else ""
     return replace(verdict, reason=verdict.reason + note)
 

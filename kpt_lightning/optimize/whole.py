@@ -10,9 +10,9 @@ from kpt_lightning.optimize.baseline import Baseline
 from kpt_lightning.optimize.guarded import told
 from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.outcome import Outcome
-from kpt_lightning.optimize.trial import compare, judge_gain, preserved_optimizer
+from kpt_lightning.optimize.trial import judge_gain, preserved_optimizer
 from kpt_lightning.optimize.trial_record import TrialRecord
-from kpt_lightning.validation.gates import Numerics
+from kpt_lightning.optimize.whole_numbers import compare_whole
 from kpt_lightning.validation.state import preserved
 
 Say = Callable[[str], None]
@@ -24,15 +24,13 @@ def judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say: 
         say("nothing is kept: the unchanged model trains")
         return
     subject = laboratory.subject
-    numerics = [laboratory.lookup(change.candidate).numerics for change in outcome.changes]
-    loosest = max(numerics, key=list(Numerics).index)
     stages = {laboratory.lookup(change.candidate).stage for change in outcome.changes}
     for_memory = any(change.saves_bytes is not None for change in outcome.changes)
     begin = time.monotonic()
     what = ", ".join(change.candidate for change in outcome.changes)
     record = TrialRecord(candidate="all kept changes", level=subject.config.level.value, what=what)
     try:
-        verdict = compare(laboratory, outcome.changes, loosest, plain)
+        verdict = compare_whole(laboratory, outcome.changes, plain)
         with preserved(subject.model, weights=Stage.OPTIMIZER not in stages):
             if stages == {Stage.INPUT}:
                 outcome.whole = replace(record, kept=True, reason="only data loading is changed", gate=verdict.reason)

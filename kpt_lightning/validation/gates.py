@@ -14,7 +14,7 @@ class Numerics(StrEnum):
     ROUNDING = "rounding"
     """The same precision, other kernels: within what rounding moves in the unchanged model."""
     PRECISION = "precision"
-    """Fewer bits somewhere: judged by the SQNR of each gradient and by a loss run."""
+    """Fewer bits somewhere: judged by what noise of that size does to the unchanged model, and by a loss run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,14 @@ _EQUAL_DB = {torch.float64: 240.0, torch.float32: 110.0, torch.float16: 55.0, to
 # hundred right ones adds up: a Llama of 1.2 B parameters, which trains in FP8 as in bf16, has about 10 dB at its start.
 # Below 0 dB a gradient is further from the exact one than no gradient; the loss run judges what lies between.
 _PRECISION = Gate(output_db=6.0, gradient_db=0.0, median_gradient_db=5.0, spreads=0.0, layer_db=15.0, loss_spreads=2.0)
+
+FP8_SPREADS = 2.0
+"""Layers in FP8 may move a figure by this many times what noise of their size moves it in the unchanged model.
+
+6 dB, which is one bit. Right ones move small Llama, BERT and ViT models less than the noise does. Rounding to bf16 has
+the spreads of ROUNDING, for equal values in many rows are rounded the same way. The limits of the table stay the least
+that is needed.
+"""
 
 PARITY_FACTOR = 4.0
 """A replaced module's error against a float64 copy of the original is at most this many times the original's own."""

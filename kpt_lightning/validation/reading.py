@@ -143,7 +143,26 @@ def widest(distances: Sequence[Distance]) -> Distance:
     )
 
 
-def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decision:
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a change to fewer bits should do.
+
+    Attributes:
+        moved: From the unchanged model to itself with noise of the size of those bits.
+        one_db: SQNR of one rounding to them; no figure needs more.
+        spreads: How many times that far a right change may be.
+    """
+
+    moved: Distance
+    one_db: float
+    spreads: float
+
+    def least(self, floor: float, own: float) -> float:
+        """What a figure needs that the noise takes to ``own``: never less than ``floor``."""
+        return max(floor, min(self.one_db, _order(own) - 20 * _log10(self.spreads)))
+
+
+def judge(measured: Distance, limits: Gate, rounding: Distance | None, expected: Expected | None = None) -> Decision:
     """Whether a changed model is near enough.
 
     Args:
@@ -152,10 +171,13 @@ def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decisi
         rounding: From the unchanged model to itself with rounding noise; it widens the limit of each figure by
             ``limits.spreads``. Where those are 0, what is nothing but noise is not judged. Nor is a figure that noise
             alone takes from zero to something; the verdict names it.
+        expected: Raises the limits of a change to fewer bits to what such bits give.
     """
     if measured.missing:
         return Rejected("gate", f"{', '.join(measured.missing[:3])} differ in whether there is a value")
     checks = _checks(measured, limits, rounding)
+    if expected is not None:
+        checks = [replace(each, least=_expected_of(each, expected)) for each in checks]
     unjudged = [each.what for each in checks if each.own == float("-inf") and each.value == each.value]
     judged = [each for each in checks if each.what not in unjudged]
     if not judged:
@@ -166,9 +188,11 @@ def judge(measured: Distance, limits: Gate, rounding: Distance | None) -> Decisi
         if not each.value >= each.least:
             return Rejected("gate", f"{each.what} has {each.value:.1f} dB, and {each.least:.1f} are needed")
     median_limit = limits.median_gradient_db
+    if expected is not None:
+        median_limit = expected.least(median_limit, expected.moved.median_gradient)
     if not limits.spreads and not measured.median_gradient >= median_limit:
         return Rejected(
-            "gate", f"the median gradient has {measured.median_gradient:.1f} dB, and {median_limit} are needed"
+            "gate", f"the median gradient has {measured.median_gradient:.1f} dB, and {median_limit:.1f} are needed"
         )
     gradients = {each.name: each.value for each in judged if each.kind == "gradient of "}
     name, worst = _least(gradients)
@@ -215,6 +239,14 @@ def _checks(measured: Distance, limits: Gate, rounding: Distance | None) -> list
             if name not in noise
         ),
     ]
+
+
+def _expected_of(check: _Check, expected: Expected) -> float:
+    moved = expected.moved
+    if check.kind == "loss":
+        return expected.least(check.least, min(moved.loss, moved.middle_output, key=_order))
+    figures = moved.outputs if check.kind == "output " else moved.gradients
+    return expected.least(check.least, figures.get(check.name, float("-inf")))
 
 
 def _noise(rounding: Distance) -> set[str]:
