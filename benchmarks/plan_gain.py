@@ -110,7 +110,7 @@ def make_step(case: Case, optimizer: torch.optim.Optimizer | None) -> Callable[[
 @contextmanager
 def preserved_step(case: Case, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Put back what optimizer steps change."""
-    with preserved_weights(case.model):
+    with preserved_weights(case.model.parameters()):
         try:
             yield
         finally:

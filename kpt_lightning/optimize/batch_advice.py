@@ -10,8 +10,9 @@ from kpt_lightning.errors import ConfigError
 from kpt_lightning.measure.batch import batch_size
 from kpt_lightning.measure.micro_batch import largest_batch
 from kpt_lightning.optimize.apply import Lookup, applied
+from kpt_lightning.optimize.surroundings import surroundings
 from kpt_lightning.optimize.work import Work
-from kpt_lightning.validation.state import preserved
+from kpt_lightning.validation.state import preserved, surrounded_by
 
 _MOST_TIMES = 16
 """Times the rows of the batch that are tried at most."""
@@ -32,7 +33,8 @@ def advise_batch(
         subject.model.zero_grad(set_to_none=True)
 
     try:
-        with applied(subject, changes, lookup), preserved(subject.model):
+        around = surrounded_by(*surroundings(subject, work))
+        with around, applied(subject, changes, lookup), preserved(subject.model):
             points = largest_batch(
                 run, given, _MOST_TIMES * counted.samples, device=subject.device, max_seconds=max_seconds
             )

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from kpt_lightning.candidates.candidate import Change
 from kpt_lightning.candidates.subject import Subject
@@ -23,6 +24,8 @@ class Laboratory:
         lookup: Name to candidate.
         deadline: Value of ``time.monotonic()`` when time is out.
         rounds: Pairs of timings in a trial.
+        stepped: Candidates whose changes touch the optimizer, found as they are tried.
+        rates: What ``optimizer_steps.visible_rates`` found.
     """
 
     subject: Subject
@@ -31,6 +34,8 @@ class Laboratory:
     lookup: Lookup
     deadline: float
     rounds: int = ROUNDS
+    stepped: set[str] = field(default_factory=set)
+    rates: dict[float, list[Any]] = field(default_factory=dict)
 
     def state(self, changes: Sequence[Change]) -> Callable[[], AbstractContextManager[None]]:
         """The model with these changes, while entered."""

@@ -1,13 +1,14 @@
 """The loss after a short run, for changes that take bits away."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
 from kpt_lightning.candidates.candidate import Change
-from kpt_lightning.optimize.apply import applied
 from kpt_lightning.optimize.laboratory import Laboratory
+from kpt_lightning.optimize.optimizer_steps import set_rates, stepping, visible_rates, weights_of
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.work import resampled
 from kpt_lightning.validation.gates import Numerics, gate
@@ -20,19 +21,20 @@ class LossGate:
 
     def __init__(self, laboratory: Laboratory) -> None:
         self._laboratory = laboratory
-        self._plain: tuple[float, list[float]] | None = None
+        self._plain: dict[bool, tuple[float, list[float]]] = {}
 
     def judged(self, record: TrialRecord, changes: Sequence[Change]) -> TrialRecord:
         """The record, not kept where the loss is worse."""
         subject = self._laboratory.subject
-        if not (room := room_for_weights(subject.model)):
-            return replace(record, kept=False, reason=f"its loss cannot be tried: {room.reason}")
-        if self._plain is None:
-            self._plain = self._start(), self._losses([])
-        start, plain = self._plain
+        if not (room := room_for_weights(weights_of(subject))):
+            return record.refused(f"its loss cannot be tried: {room.reason}")
+        steps = any(change.candidate in self._laboratory.stepped for change in changes)
+        if steps not in self._plain:
+            self._plain[steps] = self._start(), self._losses([], steps)
+        start, plain = self._plain[steps]
         spreads = gate(Numerics.PRECISION, subject.compute_dtype).loss_spreads
         assert spreads is not None
-        verdict = judge_losses(plain, self._losses(changes), start, spreads)
+        verdict = judge_losses(plain, self._losses(changes, steps), start, spreads)
         gates = f"{record.gate}; {verdict.reason}"
         if verdict:
             return replace(record, gate=gates)
@@ -42,8 +44,11 @@ class LossGate:
         with preserved(self._laboratory.subject.model):
             return float(self._laboratory.work.loss().detach())
 
-    def _losses(self, changes: Sequence[Change]) -> list[float]:
+    def _losses(self, changes: Sequence[Change], steps: bool) -> list[float]:
+        """With the optimizer's own steps where a change touches it, as a stochastic rounding is one of the step."""
         laboratory = self._laboratory
+        subject = laboratory.subject
+        rates = visible_rates(laboratory) if steps else []
 
         def step(seed: int, number: int) -> torch.Tensor:
             if number == STEPS:
@@ -51,5 +56,9 @@ class LossGate:
             with resampled(laboratory.work, 1000 * seed + number):
                 return laboratory.work.loss()
 
-        with applied(laboratory.subject, changes, laboratory.lookup):
-            return losses_after(laboratory.subject.model, step, deadline=laboratory.deadline)
+        with ExitStack() as guard:
+            optimizer = guard.enter_context(stepping(subject)) if steps else None
+            if optimizer is not None:
+                set_rates(optimizer, rates)
+            guard.enter_context(laboratory.state(changes)())
+            return losses_after(subject.model, step, deadline=laboratory.deadline, optimizer=optimizer)

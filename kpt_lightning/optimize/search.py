@@ -22,6 +22,7 @@ from kpt_lightning.optimize.laboratory import Laboratory, train_once
 from kpt_lightning.optimize.loss_gate import LossGate
 from kpt_lightning.optimize.outcome import Outcome
 from kpt_lightning.optimize.put_back import UnrestoredError, put_back
+from kpt_lightning.optimize.surroundings import surroundings
 from kpt_lightning.optimize.trial import try_change
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.whole import judge_whole
@@ -29,7 +30,7 @@ from kpt_lightning.optimize.work import Work
 from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.gates import Numerics
 from kpt_lightning.validation.reading import read
-from kpt_lightning.validation.state import preserved
+from kpt_lightning.validation.state import preserved, surrounded_by
 
 Say = Callable[[str], None]
 
@@ -63,8 +64,16 @@ def search(
         raise ConfigError("max_seconds", max_seconds, "must be above 0", "Give about 120")
     start = time.monotonic()
     candidates = tuple(registry.candidates() if pool is None else pool)
+    with surrounded_by(*surroundings(subject, work)):
+        outcome = _searched(subject, work, candidates, start + max_seconds, rounds, say)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def _searched(
+    subject: Subject, work: Work, candidates: Sequence[Candidate], deadline: float, rounds: int | None, say: Say
+) -> Outcome:
     by_name = {each.name: each for each in candidates}
-    deadline = start + max_seconds
     plain = _first_look(subject, work)
     if rounds is None:
         rounds = SLOW_ROUNDS if (subject.step_seconds or 0.0) > SLOW_SECONDS else ROUNDS
@@ -75,7 +84,6 @@ def search(
     for candidate in candidates:
         _try_candidate(laboratory, candidate, outcome, losses, say)
     judge_whole(laboratory, plain, outcome, say)
-    outcome.seconds = time.monotonic() - start
     return outcome
 
 

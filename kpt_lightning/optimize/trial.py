@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 from kpt_lightning.candidates.candidate import Candidate, Change, SelfChecking, Stage
-from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import KptError
 from kpt_lightning.measure.interleave import Gain, measure_gain
@@ -17,10 +15,11 @@ from kpt_lightning.optimize.baseline import Baseline, evaluating
 from kpt_lightning.optimize.fewer_bits import bits_of, expect
 from kpt_lightning.optimize.guarded import guarded
 from kpt_lightning.optimize.laboratory import Laboratory
+from kpt_lightning.optimize.optimizer_steps import preserved_optimizer, touches_optimizer
+from kpt_lightning.optimize.optimizer_trial import compare_steps
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.precision.gemm import count_gemms
 from kpt_lightning.validation.gates import Numerics, gate
-from kpt_lightning.validation.loss_run import preserved_weights, room_for_weights
 from kpt_lightning.validation.reading import distance, judge, read
 from kpt_lightning.validation.state import preserved
 
@@ -50,20 +49,16 @@ def _tried(
     if candidate.stage is Stage.INPUT:
         # Loading overlaps with the step: only the candidate itself can tell, from both, what waits for what.
         return replace(record, kept=True, gain=change.predicted, reason="measured with the loader alone")
-    if candidate.stage is not Stage.OPTIMIZER:
-        verdict = compare(laboratory, [*kept, change], candidate.numerics, laboratory.baseline)
-        record = replace(record, gate=verdict.reason)
-        if not verdict:
-            return replace(record, reason=f"numbers differ: {verdict.reason}")
-        if isinstance(candidate, SelfChecking):
-            verdict = _self_check(laboratory, [*kept, change], candidate)
-            record = replace(record, gate=f"{record.gate}; {verdict.reason}")
-            if not verdict:
-                return replace(record, reason=f"numbers differ: {verdict.reason}")
-        if time.monotonic() > laboratory.deadline:
-            return record.refused("no time left to measure it; raise max_seconds", "no time")
+    if steps := touches_optimizer(laboratory, kept, change):
+        laboratory.stepped.add(change.candidate)
+    verdict = _numbers(laboratory, kept, change, candidate)
+    record = replace(record, gate=verdict.reason)
+    if not verdict:
+        return record.refused(f"numbers differ: {verdict.reason}")
+    if time.monotonic() > laboratory.deadline:
+        return record.refused("no time left to measure it; raise max_seconds", "no time")
     with ExitStack() as guard:
-        run = _program(laboratory, candidate, guard)
+        run = _program(laboratory, steps, guard)
         gain = measure_gain(
             laboratory.state(kept), laboratory.state([*kept, change]), run, device=laboratory.subject.device,
             rounds=laboratory.rounds, deadline=laboratory.deadline,
@@ -74,6 +69,17 @@ def _tried(
         return _judged_by_memory(record, change.saves_bytes)
     keep, reason = judge_gain(gain)
     return replace(record, kept=keep, reason=reason)
+
+
+def _numbers(laboratory: Laboratory, kept: Sequence[Change], change: Change, candidate: Candidate) -> Decision:
+    """What the gate of the candidate's kind says."""
+    if candidate.stage is Stage.OPTIMIZER:
+        return compare_steps(laboratory, kept, change, candidate.numerics)
+    verdict = compare(laboratory, [*kept, change], candidate.numerics, laboratory.baseline)
+    if not verdict or not isinstance(candidate, SelfChecking):
+        return verdict
+    checked = _self_check(laboratory, [*kept, change], candidate)
+    return replace(checked, reason=f"{verdict.reason}; {checked.reason}")
 
 
 def _self_check(laboratory: Laboratory, changes: Sequence[Change], candidate: SelfChecking) -> Decision:
@@ -116,35 +122,14 @@ def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numeric
     return replace(verdict, reason=verdict.reason + note)
 
 
-def _program(laboratory: Laboratory, candidate: Candidate, guard: ExitStack) -> Callable[[], object]:
+def _program(laboratory: Laboratory, steps: bool, guard: ExitStack) -> Callable[[], object]:
     """What is timed, and in ``guard`` what puts back its traces."""
     subject = laboratory.subject
-    guard.enter_context(preserved(subject.model, weights=candidate.stage is not Stage.OPTIMIZER))
-    if candidate.stage is Stage.OPTIMIZER:
+    guard.enter_context(preserved(subject.model, weights=not steps))
+    if steps:
         guard.enter_context(preserved_optimizer(subject))
         return laboratory.with_step
     return laboratory.train_once
-
-
-@contextmanager
-def preserved_optimizer(subject: Subject) -> Any:
-    """Let the optimizer step; weights and its state are put back from a copy on the host.
-
-    Raises:
-        KptError: There is no room for the copy, or the optimizer has state of a run before.
-    """
-    optimizer = subject.optimizer
-    if optimizer is None:
-        raise KptError("no optimizer is known; pass optimizer=")
-    if any(optimizer.state.values()):
-        raise KptError("the optimizer has state already, which steps of a trial would change")
-    if not (room := room_for_weights(subject.model)):
-        raise KptError(room.reason)
-    with preserved_weights(subject.model):
-        try:
-            yield
-        finally:
-            optimizer.state.clear()
 
 
 def _memory(laboratory: Laboratory, kept: Sequence[Change], change: Change, run: Callable[[], object]) -> int | None:

@@ -9,8 +9,9 @@ from kpt_lightning.measure.interleave import Gain, measure_gain
 from kpt_lightning.optimize.baseline import Baseline
 from kpt_lightning.optimize.guarded import told
 from kpt_lightning.optimize.laboratory import Laboratory
+from kpt_lightning.optimize.optimizer_steps import preserved_optimizer
 from kpt_lightning.optimize.outcome import Outcome
-from kpt_lightning.optimize.trial import judge_gain, preserved_optimizer
+from kpt_lightning.optimize.trial import judge_gain
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.whole_numbers import compare_whole
 from kpt_lightning.validation.state import preserved

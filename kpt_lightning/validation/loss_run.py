@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psutil
@@ -31,10 +31,11 @@ class OutOfTimeError(KptError):
     """The deadline came before there was something to judge."""
 
 
-def room_for_weights(model: nn.Module) -> Decision:
+def room_for_weights(weights: Iterable[Tensor]) -> Decision:
     """Whether device or host have room for a copy of the trainable weights."""
-    needed = _bytes(model)
-    free = max(psutil.virtual_memory().available, _free_on_device(model))
+    kept = list(weights)
+    needed = _bytes(kept)
+    free = max(psutil.virtual_memory().available, _free_on_device(kept))
     if needed > 0.8 * free:
         return Rejected("loss run", f"a copy of {needed / 1e9:.1f} GB of weights has no room, {free / 1e9:.1f} GB free")
     return Accepted("loss run", f"{needed / 1e9:.1f} GB of weights kept")
@@ -42,12 +43,12 @@ def room_for_weights(model: nn.Module) -> Decision:
 
 def losses_after(
     model: nn.Module, step: Callable[[int, int], Tensor], *, seeds: Sequence[int] = SEEDS, steps: int = STEPS,
-    deadline: float = math.inf,
+    deadline: float = math.inf, optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:  # fmt: skip
     """Loss after a few steps, once for each seed, each time from the same weights.
 
-    The update of each tensor is its gradient at a fixed share of the tensor's norm, which needs no state and no
-    learning rate (layer-wise scaling: https://arxiv.org/abs/1708.03888).
+    Without an optimizer the update of each tensor is its gradient at a fixed share of the tensor's norm, which needs no
+    state and no learning rate (layer-wise scaling: https://arxiv.org/abs/1708.03888).
 
     Args:
         model: Its weights are put back.
@@ -55,20 +56,30 @@ def losses_after(
         seeds: Runs.
         steps: How many before the loss is read.
         deadline: Value of ``time.monotonic()`` after which no step begins.
+        optimizer: Makes the steps where it is part of what is judged; its state is lost, and its weights put back.
 
     Raises:
         OutOfTimeError: The deadline came first.
     """
     found = []
-    with preserved_weights(model) as put_back, preserved(model, weights=False):
+    groups = [] if optimizer is None else optimizer.param_groups
+    weights = [*model.parameters(), *(each for group in groups for each in group["params"])]
+    with preserved_weights(weights) as put_back, preserved(model, weights=False):
         for seed in seeds:
             put_back()
+            if optimizer is not None:
+                optimizer.state.clear()
             seed_all(seed)
             for number in range(steps):
                 if time.monotonic() > deadline:
                     raise OutOfTimeError("no time left to compare losses; raise max_seconds")
                 step(seed, number).backward()  # type: ignore[no-untyped-call]
-                _update(model)
+                if optimizer is None:
+                    _update(model)
+                else:
+                    optimizer.step()
+                    for each in weights:
+                        each.grad = None
             found.append(float(step(seed, steps).detach()))
     return found
 
@@ -90,16 +101,17 @@ def judge_losses(plain: Sequence[float], changed: Sequence[float], start: float,
 
 
 @contextmanager
-def preserved_weights(model: nn.Module) -> Iterator[Callable[[], None]]:
+def preserved_weights(weights: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
     """Copy trainable weights, on the device where there is plenty of room, else to the host; put them back at the end.
 
     Yields:
         Puts them back at once.
     """
-    on_device = _bytes(model) < 0.5 * _free_on_device(model)
+    own = list({id(each): each for each in weights}.values())
+    on_device = _bytes(own) < 0.5 * _free_on_device(own)
     kept = [
         (each, each.detach().clone() if on_device else each.detach().to("cpu", copy=True))
-        for each in model.parameters()
+        for each in own
         if each.requires_grad
     ]
 
@@ -114,13 +126,13 @@ def preserved_weights(model: nn.Module) -> Iterator[Callable[[], None]]:
         put_back()
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+def _bytes(weights: Iterable[Tensor]) -> int:
+    return sum(each.numel() * each.element_size() for each in weights if each.requires_grad)
 
 
-def _free_on_device(model: nn.Module) -> int:
+def _free_on_device(weights: Iterable[Tensor]) -> int:
     """Bytes that the weights' CUDA device has free, what torch's allocator holds unused included; 0 elsewhere."""
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    device = next((each.device for each in weights), torch.device("cpu"))
     if device.type != "cuda":
         return 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -121,7 +121,7 @@ def test_weights_of_any_dtype_come_back_and_frozen_ones_are_not_copied(dtype: to
     model = nn.ParameterDict({"a": nn.Parameter(torch.randn(5).to(dtype)), "b": nn.Parameter(torch.ones(3))})
     model["b"].requires_grad_(False)
     before = model["a"].detach().clone()
-    with preserved_weights(model):
+    with preserved_weights(model.parameters()):
         model["a"].data.mul_(3)
         model["b"].data.mul_(3)
     assert torch.equal(model["a"], before)
@@ -215,5 +215,5 @@ def test_room_is_asked_for_before_weights_are_copied(monkeypatch: pytest.MonkeyP
     # What the machine has free is not the thing under test.
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     model = nn.Linear(10, 10)
-    assert bool(room_for_weights(model)) is fits
-    assert room_for_weights(model.requires_grad_(False))
+    assert bool(room_for_weights(model.parameters())) is fits
+    assert room_for_weights(model.requires_grad_(False).parameters())
