@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from kpt_lightning.attention.observe import observe_attention
 from kpt_lightning.attention.proof import check_backend, describe
+from kpt_lightning.candidates import registry
+from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.inductor import GraphRuns, count_graph_runs
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import KptConfig
@@ -64,6 +66,7 @@ class Engine:
         self._runs: GraphRuns | None = None
         self._layers: list[Float8Linear] = []
         self._subject: Subject | None = None
+        self._waiting: list[Change] = []
         self._device_type = "cpu"
         self._steps, self._idle, self._training = 0, 0, False
 
@@ -121,6 +124,7 @@ class Engine:
         profile: HardwareProfile = on_device(detect(), device_type)
         self._device_type = device_type
         parallel = None if self.parallel is None else Accepted(f"parallel {self.parallel}", self.why_parallel)
+        waits = plan is None and self.plan_given is not None
         plan = plan or self.plan_given
         if plan is None:
             plan = make_plan(model, self.config, profile, parallel=parallel, given_precision=given_precision)
@@ -133,7 +137,8 @@ class Engine:
         with ExitStack() as undo:
             undo.callback(self._forget)
             self._graphs = GraphCounts.now() if plan.compiled_modules else None
-            undo.enter_context(applied(self._subject, plan.changes))
+            now, self._waiting = _split(plan.changes) if waits else (plan.changes, [])
+            undo.enter_context(applied(self._subject, now))
             self._layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
             undo.callback(self._counting.close)
             if self._layers:
@@ -148,6 +153,23 @@ class Engine:
         # A plan that changes nothing lets another model follow.
         self._model, self.plan = weakref.ref(model) if plan.changes else None, plan
         return plan
+
+    def take_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Apply what of a given plan had to wait for the optimizer, which is made after the model is set up.
+
+        Raises:
+            ConfigError: The plan changes an optimizer of another kind, or there are several.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting or self._subject is None or self.plan is None:
+            return
+        self._subject.optimizer = optimizers[0] if len(optimizers) == 1 else None
+        lookup = registry.candidate
+        mine = [change for change in waiting if lookup(change.candidate).stage is Stage.OPTIMIZER]
+        self._undo.enter_context(applied(self._subject, mine))
+        for change in (change for change in waiting if change not in mine):
+            reason = "a strategy does not see the loader; AutoOptimizeCallback does"
+            self.plan.choices.append(Rejected(change.candidate, reason))
 
     def stop(self) -> None:
         """Undo everything; the modules are as the user made them.
@@ -361,3 +383,10 @@ class Engine:
         if not whole:
             return "manual optimization or Fabric: forward and backward ran outside the step; calls were counted"
         return None
+
+
+def _split(changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
+    """What can be done to a model alone, and what waits for optimizer or loader."""
+    later = (Stage.OPTIMIZER, Stage.INPUT)
+    waiting = [change for change in changes if registry.candidate(change.candidate).stage in later]
+    return [change for change in changes if change not in waiting], waiting

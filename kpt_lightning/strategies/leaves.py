@@ -26,6 +26,7 @@ class TrainerLeaf(KptLeaf):
         self._refuse_meta()
         self._start_engine(self.model)  # type: ignore[attr-defined]
         super().setup(trainer)  # type: ignore[misc]
+        self.engine.take_optimizers(self.optimizers)  # type: ignore[attr-defined]
         self._report()
 
     def _refuse_meta(self) -> None:

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 
 from kpt_lightning import AutoOptimizeCallback, KptStrategy, RegressionCallback
 from kpt_lightning.candidates import registry
-from kpt_lightning.config import Level
+from kpt_lightning.candidates.candidate import Change
+from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.optimize import search
+from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.tracking.store import RunStore
 from tests.optimize.faults import Made, Tiny, faster, set_on
 
@@ -200,7 +202,10 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 from kpt_lightning import AutoOptimizeCallback, KptStrategy
 from kpt_lightning.candidates import registry
+from kpt_lightning.candidates.candidate import Change
+from kpt_lightning.config import KptConfig
 from kpt_lightning.optimize import search
+from kpt_lightning.optimize.plan import Plan
 from tests.callbacks.test_auto_optimize import Module
 from tests.optimize.faults import Made, faster
 
@@ -261,3 +266,25 @@ def test_with_two_processes_a_failure_of_rank_0_ends_both(tmp_path: Path, how: s
     answer = two_ranks(tmp_path, "ddp", "auto", how)
     assert answer.returncode != 0
     assert answer.stderr.count(says) >= 2
+
+
+def test_a_plan_with_a_fused_optimizer_replays_in_a_strategy_and_its_checkpoints_are_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the candidates of the package themselves
+    plan = Plan(config=KptConfig.build({}), device="cpu", precision="32", parallel="single")
+    plan.changes = [Change(candidate="fused_optimizer", setting={"optimizer": "SGD"})]
+    used: list[Any] = []
+
+    class Adam(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            used.append(self.optimizers().optimizer.param_groups[0]["fused"])
+            self.trainer.save_checkpoint(tmp_path / "during.ckpt")
+
+    trainer = fit(strategy=KptStrategy(plan=plan), module=Adam())
+    assert used == [True] * 4
+    assert trainer.optimizers[0].param_groups[0]["fused"] is None
+    saved = torch.load(tmp_path / "during.ckpt", weights_only=True)["optimizer_states"][0]
+    assert saved["param_groups"][0]["fused"] is None
+    fit(strategy=KptStrategy(plan=plan), module=Adam(), ckpt=tmp_path / "during.ckpt", epochs=2)
+    assert used == [True] * 8
