@@ -65,7 +65,10 @@ def test_the_table_of_gates_has_the_figures_of_the_code() -> None:
         assert told[kind.value][4].startswith(f"{limits[0].spreads:g} times")
     bits = gate(Numerics.PRECISION, torch.bfloat16)
     assert (bits.output_db, bits.gradient_db, bits.median_gradient_db, bits.layer_db) == (6, 0, 5, 15)
-    assert "6 dB for loss and outputs, 0 dB for each gradient, 5 dB for the\nmedian gradient, and 15 dB" in AUTO
+    assert "6 dB for loss and outputs, 0 dB for each gradient, 5 dB for the median gradient, and 15 dB" in AUTO.replace(
+        "\n", " "
+    )
+    assert f"by {gates.FP8_SPREADS:g} times what that noise moves it, bf16 by 4 times" in AUTO
     assert (loss_run.STEPS, len(loss_run.SEEDS), bits.loss_spreads) == (8, 3, 2)
     assert (loss_run._LEAST, loss_run._MOST) == (0.1, 0.25)
     assert "8 steps from the present weights with each of 3 seeds" in AUTO
