@@ -89,9 +89,9 @@ def measure(case: Case, level: str, repeats: int, max_seconds: float) -> dict[st
 def prediction(plan: Plan) -> dict[str, float] | None:
     """What the plan says that it gains; None where it changes nothing."""
     whole = plan.whole
-    if not plan.changes or whole is None or whole.gain is None or whole.low is None or whole.high is None:
+    if whole is None or not whole.kept or whole.gain is None or whole.expect_low is None or whole.expect_high is None:
         return None
-    return {"gain": whole.gain, "low": whole.low, "high": whole.high}
+    return {"gain": whole.gain, "low": whole.expect_low, "high": whole.expect_high}
 
 
 def make_step(case: Case, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:

@@ -91,7 +91,7 @@ class Plan:
                 parts.append("loss compiled")
             else:
                 parts.append(change.candidate.replace("_", " "))
-        if self.whole is not None and self.whole.gain is not None and self.changes:
+        if self.whole is not None and self.whole.kept and self.whole.gain is not None:
             parts.append(f"{self.whole.gain:.2f}x by trial")
         elif self.basis != "rules" and not self.changes:
             parts.append("unchanged: nothing tried was faster")
@@ -205,12 +205,15 @@ def _trials_table(trials: Sequence[TrialRecord], title: str) -> Table:
 
 
 def _speed(trial: TrialRecord) -> str:
-    if trial.gain is None or trial.low is None or trial.high is None:
-        return ""
-    # No interval: too few rounds were worth it.
-    bounded = trial.low > 0.0 and trial.high < math.inf
-    lines = [f"{trial.gain:.3f}x", *([f"({trial.low:.3f} to {trial.high:.3f})"] if bounded else [])]
+    lines = [] if trial.gain is None else [f"{trial.gain:.3f}x"]
+    lines += _interval("", trial.low, trial.high) + _interval("expected again: ", trial.expect_low, trial.expect_high)
     return "\n".join(lines + ([] if trial.predicted is None else [f"predicted {trial.predicted:.2f}x"]))
+
+
+def _interval(title: str, low: float | None, high: float | None) -> list[str]:
+    """Nothing where it has no ends: too few rounds were worth it."""
+    bounded = low is not None and high is not None and low > 0.0 and high < math.inf
+    return [f"({title}{low:.3f} to {high:.3f})"] if bounded else []
 
 
 def _reasons(trial: TrialRecord) -> list[str]:

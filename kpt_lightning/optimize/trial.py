@@ -48,7 +48,8 @@ def _tried(
 ) -> TrialRecord:
     if candidate.stage is Stage.INPUT:
         # Loading overlaps with the step: only the candidate itself can tell, from both, what waits for what.
-        return replace(record, kept=True, gain=change.predicted, reason="measured with the loader alone")
+        told = "" if change.predicted is None else f", {change.predicted:.2f}x expected from both"
+        return replace(record, kept=True, reason=f"loader and step measured apart{told}")
     if steps := touches_optimizer(laboratory, kept, change):
         laboratory.stepped.add(change.candidate)
     verdict = _numbers(laboratory, kept, change, candidate)

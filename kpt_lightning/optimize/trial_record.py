@@ -17,9 +17,11 @@ class TrialRecord:
         kept: Whether it is in the plan.
         reason: Why, or why not.
         predicted: Speed expected from rules, new over old; None without an estimate.
-        gain: Measured speed, new over old; None where it was not timed. ``low`` and ``high`` are its interval.
-        low: See ``gain``.
-        high: See ``gain``.
+        gain: Measured speed, new over old; None where it was not timed.
+        low: Lower end of the interval of ``gain``, which is the median of the rounds.
+        high: Upper end of it.
+        expect_low: Lower end of where a measurement repeated later will fall; given for the whole plan alone.
+        expect_high: Upper end of it.
         memory_bytes: Change of peak memory, negative is less; None where the device does not tell.
         gate: What the comparison of numbers said; empty where it was not reached.
         seconds: What the trial cost.
@@ -36,6 +38,8 @@ class TrialRecord:
     gain: float | None = None
     low: float | None = None
     high: float | None = None
+    expect_low: float | None = None
+    expect_high: float | None = None
     memory_bytes: int | None = None
     gate: str = ""
     seconds: float = 0.0

@@ -1,13 +1,12 @@
 """All kept changes together, measured against the unchanged model."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.measure.interleave import Gain, measure_gain
 from kpt_lightning.optimize.baseline import Baseline
-from kpt_lightning.optimize.guarded import told
+from kpt_lightning.optimize.guarded import guarded
 from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.optimizer_steps import preserved_optimizer
 from kpt_lightning.optimize.outcome import Outcome
@@ -20,42 +19,51 @@ Say = Callable[[str], None]
 
 
 def judge_whole(laboratory: Laboratory, plain: Baseline, outcome: Outcome, say: Say) -> None:
-    """Measure all kept changes together; where they are not faster, the unchanged model is what trains."""
+    """Measure all kept changes together; where they are not faster, the unchanged model is what trains.
+
+    Data loading overlaps with the step, is no part of this measurement, and stays.
+
+    Raises:
+        KptError: The device does not answer any more, or the state of the model could not be put back.
+    """
     if not outcome.changes:
         say("nothing is kept: the unchanged model trains")
         return
-    subject = laboratory.subject
-    stages = {laboratory.lookup(change.candidate).stage for change in outcome.changes}
-    for_memory = any(change.saves_bytes is not None for change in outcome.changes)
-    begin = time.monotonic()
-    what = ", ".join(change.candidate for change in outcome.changes)
-    record = TrialRecord(candidate="all kept changes", level=subject.config.level.value, what=what)
-    try:
-        verdict = compare_whole(laboratory, outcome.changes, plain)
-        with preserved(subject.model, weights=Stage.OPTIMIZER not in stages):
-            if stages == {Stage.INPUT}:
-                outcome.whole = replace(record, kept=True, reason="only data loading is changed", gate=verdict.reason)
-                return
-            gain = _measure_whole(laboratory, outcome.changes, Stage.OPTIMIZER in stages)
-            if not judge_gain(gain)[0] and gain.ratio > 1.0:
-                # Each part was surely faster by itself: noise is the likelier reason.
-                gain = _measure_whole(laboratory, outcome.changes, Stage.OPTIMIZER in stages)
-    except Exception as error:  # noqa: BLE001  together they may fail where each alone did not
-        reason = f"failed together: {told(error)}"
-        _drop_all(outcome, replace(record, reason=reason), say)
+    changes = [each for each in outcome.changes if laboratory.lookup(each.candidate).stage is not Stage.INPUT]
+    record = TrialRecord(
+        candidate="all kept changes",
+        level=laboratory.subject.config.level.value,
+        what=", ".join(change.candidate for change in changes or outcome.changes),
+    )
+    if not changes:
+        outcome.whole = replace(record, kept=True, reason="only data loading is changed")
         return
-    record = replace(
-        record, gain=gain.ratio, low=gain.expect_low, high=gain.expect_high, gate=verdict.reason,
-        seconds=time.monotonic() - begin,
-    )  # fmt: skip
-    keep, reason = judge_gain(gain)
+    record = guarded(laboratory.subject, record, lambda: _judged(laboratory, changes, plain, record))
+    outcome.whole = record
+    if not record.kept:
+        _drop(outcome, changes, record, say)
+    elif record.gain is not None:
+        say(f"all together: {record.gain:.3f}x ({record.expect_low:.3f} to {record.expect_high:.3f})")
+
+
+def _judged(laboratory: Laboratory, changes: Sequence[Change], plain: Baseline, record: TrialRecord) -> TrialRecord:
+    verdict = compare_whole(laboratory, changes, plain)
+    record = replace(record, gate=verdict.reason)
     if not verdict:
-        _drop_all(outcome, replace(record, reason=f"together the numbers differ: {verdict.reason}"), say)
-    elif not keep and not for_memory:
-        _drop_all(outcome, replace(record, reason=f"together: {reason}"), say)
-    else:
-        outcome.whole = replace(record, kept=True, reason="faster" if keep else "smaller")
-        say(f"all together: {gain.ratio:.3f}x ({gain.expect_low:.3f} to {gain.expect_high:.3f})")
+        return record.refused(f"the numbers differ: {verdict.reason}")
+    steps = any(change.candidate in laboratory.stepped for change in changes)
+    with preserved(laboratory.subject.model, weights=not steps):
+        gain = _measure_whole(laboratory, changes, steps)
+        if not judge_gain(gain)[0] and gain.ratio > 1.0:
+            # Each part was surely faster by itself: noise is the likelier reason.
+            gain = _measure_whole(laboratory, changes, steps)
+    record = replace(
+        record, gain=gain.ratio, low=gain.low, high=gain.high, expect_low=gain.expect_low, expect_high=gain.expect_high
+    )
+    keep, reason = judge_gain(gain)
+    if not keep and not any(change.saves_bytes is not None for change in changes):
+        return record.refused(reason)
+    return replace(record, kept=True, reason="faster" if keep else "smaller")
 
 
 def _measure_whole(laboratory: Laboratory, changes: Sequence[Change], steps: bool) -> Gain:
@@ -67,11 +75,14 @@ def _measure_whole(laboratory: Laboratory, changes: Sequence[Change], steps: boo
         return measure_gain(*states, laboratory.with_step, device=device, rounds=laboratory.rounds)
 
 
-def _drop_all(outcome: Outcome, record: TrialRecord, say: Say) -> None:
-    outcome.whole = record
-    outcome.changes = []
+def _drop(outcome: Outcome, changes: Sequence[Change], record: TrialRecord, say: Say) -> None:
+    names = {change.candidate for change in changes}
+    outcome.changes = [change for change in outcome.changes if change.candidate not in names]
     outcome.trials = [
-        replace(trial, kept=False, reason=f"{trial.reason}, but {record.reason}") if trial.kept else trial
+        trial.refused(f"{trial.reason}, but together: {record.reason}", trial.ended)
+        if trial.kept and trial.candidate in names
+        else trial
         for trial in outcome.trials
     ]
-    say(f"the unchanged model trains: {record.reason}")
+    rest = "with data loading changed" if outcome.changes else "as it is"
+    say(f"the unchanged model trains, {rest}; together: {record.reason}")

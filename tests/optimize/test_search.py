@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kpt_lightning.candidates.candidate import Stage
+from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.float8 import Float8
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.optimize.baseline import take_baseline
@@ -45,6 +45,7 @@ def test_what_is_right_and_faster_is_kept_with_its_gain() -> None:
     assert outcome.whole is not None
     assert outcome.whole.kept
     assert outcome.whole.low <= outcome.whole.gain <= outcome.whole.high
+    assert outcome.whole.expect_low <= outcome.whole.gain <= outcome.whole.expect_high
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -244,6 +245,7 @@ def everything(model: nn.Module) -> list[Any]:
         [(id(each), each.requires_grad) for each in model.parameters()],
         [None if each.grad is None else each.grad.clone() for each in model.parameters()],
         [(type(module), module.training, sorted(vars(module))) for module in model.modules()],
+        [list(module._forward_hooks.items()) for module in model.modules()],
         (model.calls, list(model.seen)),
         (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()),
     ]  # fmt: skip
@@ -257,14 +259,26 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("candidates", [[Made("honest", lambda model: lambda: None)], [Made("crash", crash)]])
+NOTHING = Made("honest", lambda model: lambda: None)
+SAVED = Made("honest", faster)
+COARSE = Made("coarse", faster, Numerics.PRECISION)
+SMALL = Made("small", lambda model: lambda: None, Numerics.SAME, saves_bytes=1)
+
+
+@pytest.mark.parametrize(
+    "candidates", [[NOTHING], [SAVED, NOTHING], [COARSE, NOTHING], [SMALL], [Made("crash", crash)]]
+)
 def test_the_model_and_all_random_states_are_bit_identical_afterwards(candidates: Any) -> None:
     model = Busy()
+    model.nap = 0.01
+    model.layers[0].register_forward_hook(lambda module, args, output: output + model.batch_norm.weight.sum())
+    model.register_buffer("unused", torch.arange(3.0))
     model.layers[0].up.weight.requires_grad_(False)
     model.layers[1].eval()
     model(batch()).backward()
     before = everything(model)
-    run(model, *candidates, rounds=1)
+    outcome = run(model, *candidates)
+    assert candidates[0] not in (SAVED, COARSE) or outcome.trials[0].gate
     assert same(before, everything(model))
 
 
@@ -276,24 +290,72 @@ def test_ctrl_c_in_a_trial_ends_the_search_and_leaves_the_model_as_it_was() -> N
     assert same(before, everything(model))
 
 
-def test_two_gains_that_spoil_each_other_leave_the_unchanged_model() -> None:
-    model = Tiny(nap=NAP)
+def loading(name: str = "loader") -> Made:
+    made = Made(name, lambda model: lambda: None)
+    made.stage, made.turn = Stage.INPUT, 80
+    return made
 
-    def spoils(model: Any) -> Callable[[], None]:
-        # Alone it saves the nap; after the other one it adds a longer one.
-        return set_on(model, "nap", 0.0 if model.nap == NAP else model.nap / 2)
 
-    def halves(model: Any) -> Callable[[], None]:
-        return set_on(model, "nap", NAP / 2)
+def test_of_three_naps_two_are_saved_one_by_one_and_both_are_kept_together() -> None:
+    first = Made("a", lambda model: faster(model, NAP / 2))
+    second = Made("b", lambda model: faster(model, model.nap / 2))
+    outcome = run(Tiny(nap=NAP), first, second)
+    assert [change.candidate for change in outcome.changes] == ["a", "b"]
+    assert outcome.whole is not None
+    assert outcome.whole.gain > 2.5
 
-    first, second = Made("a", halves), Made("b", spoils)
-    first.turn = 1
-    outcome = run(model, first, second)
-    assert {change.candidate for change in outcome.changes} == {"a", "b"}  # 60 -> 30 -> 15 ms: both help
-    late = Made("c", lambda model: set_on(model, "nap", 0.0 if model.nap < NAP else 5 * NAP))
-    late.turn = 99
-    outcome = run(Tiny(nap=NAP), late)
-    assert outcome.changes == []
+
+def searched_then(later: Callable[[Any], Callable[[], None]], *others: Any) -> tuple[Tiny, Outcome]:
+    """A search in which a change that was kept for saving the nap does something else from then on."""
+    model, said = Tiny(nap=NAP), []
+    made = Made(
+        "tires", lambda model: later(model) if any(each.startswith("tires") for each in said) else faster(model)
+    )
+    work = Workload(model, batch())
+    found = search(subject(model, batch()), work, max_seconds=60, pool=[*others, made], rounds=6, say=said.append)
+    return model, found
+
+
+def slower(model: Any) -> Callable[[], None]:
+    """As code that falls back at the limit of its recompiles."""
+    return faster(model, 2 * NAP)
+
+
+def fails_half_way(model: Any) -> Callable[[], None]:
+    model.left_over = faster(model)
+    raise ValueError("not a second time")
+
+
+@pytest.mark.parametrize("later", [slower, fails_half_way, with_nap(FAULTS["dropped_bias"])])
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_does_not_last_is_dropped_by_the_measurement_of_the_whole_and_the_loader_stays(
+    later: Any, beside: bool
+) -> None:
+    model, outcome = searched_then(later, *([loading()] if beside else []))
+    assert outcome.whole is not None
+    assert not outcome.whole.kept
+    says = {slower: "slower in each", fails_half_way: "not a second time"}.get(later, "the numbers differ")
+    *others, dropped = outcome.trials
+    assert not dropped.kept
+    assert dropped.gain > 1.5
+    assert dropped.reason.startswith("faster, but together: ")
+    assert says in dropped.reason
+    assert [change.candidate for change in outcome.changes] == ["loader"] * beside
+    assert [trial.kept for trial in others] == [True] * beside
+    assert model.nap == NAP
+    assert not hasattr(model, "left_over")
+
+
+def test_data_loading_has_no_measured_gain_and_its_forecast_is_told() -> None:
+    made = loading()
+    made.applies = lambda subject: [Change(candidate="loader", reason="made for a test", predicted=1.5)]
+    outcome = run(Tiny(), made)
+    (trial,) = outcome.trials
+    assert trial.kept
+    assert (trial.gain, trial.low, trial.high, trial.predicted) == (None, None, None, 1.5)
+    assert "1.50x expected" in trial.reason
+    assert outcome.whole is not None
+    assert outcome.whole.gain is None
 
 
 def test_what_does_nothing_is_not_kept() -> None:
