@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from kpt_lightning.errors import KptError
 from kpt_lightning.validation.reachable import survey
-from kpt_lightning.validation.state import preserved, seed_all
+from kpt_lightning.validation.state import preserved, seed_all, surrounded_by
 
 
 class Meter:
@@ -581,3 +581,42 @@ def test_hooks_added_inside_vanish_and_their_handles_can_still_be_removed() -> N
     model(torch.ones(1, 2))
     handle.remove()
     assert calls == [1]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_the_class_of_a_module_is_put_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with preserved(model):
+        model[1].__class__ = Doubled
+    assert type(model[1]) is nn.Linear
+
+
+def test_what_surrounds_a_model_is_looked_after_like_the_model() -> None:
+    model, loss, scale = nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Parameter(torch.ones(()))
+    rows, options = torch.ones(3, 2, requires_grad=True), {"lr": 0.1}
+
+    def run() -> None:
+        loss(model(rows * scale)).square().sum().backward()
+        rows.data.mul_(2)
+        options["lr"] = 1.0
+
+    with surrounded_by(loss, scale), surrounded_by(rows, options), preserved(model):
+        run()
+        assert scale.grad is not None
+    assert scale.grad is rows.grad is loss.weight.grad is None
+    assert loss.num_batches_tracked == 0
+    assert bool(rows.eq(1).all())
+    assert options == {"lr": 0.1}
+    with preserved(model):
+        run()
+    assert loss.num_batches_tracked == 1
+
+
+def test_surroundings_that_a_pass_writes_its_weights_into_are_found_out() -> None:
+    model, scale = nn.Linear(2, 2), nn.Parameter(torch.ones(()))
+    with pytest.raises(KptError, match="hidden parameter"), surrounded_by(scale), preserved(model):
+        scale.data.mul_(2)
