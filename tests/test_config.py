@@ -62,7 +62,8 @@ def test_overrides_replace_fields_and_none_is_no_override() -> None:
         ({"compile": True}, "compile=True: is not allowed. Allowed: a mapping of settings."),
         (
             {"levle": "balanced"},
-            "levle='balanced': is not a setting. Known here: level, precision, parallel, float8, compile, on_mismatch, verify.",
+            "levle='balanced': is not a setting. "
+            "Known here: level, precision, parallel, float8, compile, on_mismatch, verify.",
         ),
         ({"compile": {"block": True}}, "compile.block=True: is not a setting. Known here: blocks, loss."),
     ],
