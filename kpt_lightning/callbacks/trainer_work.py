@@ -75,11 +75,11 @@ def refuse_exchange(work: TrainerWork) -> None:
     Raises:
         KptError: Something would be.
     """
-    with preserved(work.module), _Alone():
+    with preserved(work.module), _Alone():  # type: ignore[no-untyped-call]
         work.loss().backward()  # type: ignore[no-untyped-call]
 
 
-class _Alone(TorchDispatchMode):
+class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses collective operators before they run."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
