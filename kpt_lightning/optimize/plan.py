@@ -1,6 +1,5 @@
 """The plan: one object that says what is done to a model and why, and what was proved to have run."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -212,8 +211,7 @@ def _speed(trial: TrialRecord) -> str:
 
 def _interval(title: str, low: float | None, high: float | None) -> list[str]:
     """Nothing where it has no ends: too few rounds were worth it."""
-    bounded = low is not None and high is not None and low > 0.0 and high < math.inf
-    return [f"({title}{low:.3f} to {high:.3f})"] if bounded else []
+    return [] if low is None or high is None else [f"({title}{low:.3f} to {high:.3f})"]
 
 
 def _reasons(trial: TrialRecord) -> list[str]:

@@ -65,7 +65,7 @@ def _tried(
             rounds=laboratory.rounds, deadline=laboratory.deadline,
         )  # fmt: skip
         memory = _memory(laboratory, kept, change, run)
-    record = replace(record, gain=gain.ratio, low=gain.low, high=gain.high, memory_bytes=memory)
+    record = replace(record.timed(gain), memory_bytes=memory)
     if change.saves_bytes is not None:
         return _judged_by_memory(record, change.saves_bytes)
     keep, reason = judge_gain(gain)

@@ -1,8 +1,11 @@
 """What one trial showed: data for the plan."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from kpt_lightning.measure.interleave import Gain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +21,7 @@ class TrialRecord:
         reason: Why, or why not.
         predicted: Speed expected from rules, new over old; None without an estimate.
         gain: Measured speed, new over old; None where it was not timed.
-        low: Lower end of the interval of ``gain``, which is the median of the rounds.
+        low: Lower end of the interval of ``gain``, which is the median of the rounds; None where they were too few.
         high: Upper end of it.
         expect_low: Lower end of where a measurement repeated later will fall; given for the whole plan alone.
         expect_high: Upper end of it.
@@ -49,6 +52,14 @@ class TrialRecord:
         """The record, not kept."""
         return replace(self, kept=False, reason=reason, ended=ended)
 
+    def timed(self, gain: Gain) -> "TrialRecord":
+        """The record with the figures of a measurement; ends that too few rounds leave open are None, as JSON wants."""
+        return replace(self, gain=gain.ratio, low=_end(gain.low), high=_end(gain.high))
+
+    def forecast(self, gain: Gain) -> "TrialRecord":
+        """Likewise, with where a later measurement falls."""
+        return replace(self.timed(gain), expect_low=_end(gain.expect_low), expect_high=_end(gain.expect_high))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-like data."""
         return asdict(self)
@@ -57,3 +68,7 @@ class TrialRecord:
     def from_dict(cls, data: Mapping[str, Any]) -> "TrialRecord":
         """The inverse of :meth:`to_dict`."""
         return cls(**data)
+
+
+def _end(value: float) -> float | None:
+    return None if value in (0.0, math.inf) else value

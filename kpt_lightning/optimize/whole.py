@@ -57,9 +57,7 @@ def _judged(laboratory: Laboratory, changes: Sequence[Change], plain: Baseline, 
         if not judge_gain(gain)[0] and gain.ratio > 1.0:
             # Each part was surely faster by itself: noise is the likelier reason.
             gain = _measure_whole(laboratory, changes, steps)
-    record = replace(
-        record, gain=gain.ratio, low=gain.low, high=gain.high, expect_low=gain.expect_low, expect_high=gain.expect_high
-    )
+    record = record.forecast(gain)
     keep, reason = judge_gain(gain)
     if not keep and not any(change.saves_bytes is not None for change in changes):
         return record.refused(reason)

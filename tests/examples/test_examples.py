@@ -57,7 +57,7 @@ def test_demo_lowers_the_held_out_loss_and_its_second_run_compares_itself_with_t
     assert losses[0] == losses[1]
     ((before, after),) = losses[0]
     assert float(after) < float(before)
-    for part in ("This machine:", "Plan:", "precision", "tokens/s", "peak memory", "Record stored in"):
+    for part in ("This machine:", "Plan by rules:", "precision", "tokens/s", "peak memory", "Record stored in"):
         assert part in first
         assert part in second
     assert "The first run like this" in first

@@ -66,7 +66,7 @@ def plan(**more: Any) -> Plan:
     return Plan(
         config=KptConfig.build({"level": "aggressive"}), device="H100", precision="fp8", parallel="single",
         changes=[Change(candidate="float8", setting={"recipe": "tensorwise", "layers": ["0"]}, predicted=1.3)],
-        trials=[TrialRecord(candidate="float8", kept=True, gain=1.2, low=1.1, high=float("inf"))], basis="trial",
+        trials=[TrialRecord(candidate="float8", kept=True, gain=1.2, low=1.1)], basis="trial",
         choices=[Accepted("precision fp8", "by trial"), Rejected("other", "no")], seconds=12.5,
         whole=TrialRecord(candidate="all kept changes", kept=True, gain=1.2, low=1.1, high=1.3), **more,
     )  # fmt: skip
