@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from kpt_lightning.candidates.candidate import Change, Stage
+from kpt_lightning.candidates.compiled_call import compiled_call
 from kpt_lightning.candidates.inductor import Inductor
 from kpt_lightning.candidates.key_value_cache import restore_cache, switch_off_cache
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.candidates.traced_call import traced_call
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import ConfigError
@@ -64,7 +64,7 @@ def compile_blocks(model: nn.Module, names: Iterable[str], key: str = "") -> lis
     blocks = [modules[name] for name in names]
     for block in blocks:
         # What nn.Module.compile does, with a frame that is traced for torch's own classes too.
-        block._compiled_call_impl = torch.compile(traced_call(block), backend=Inductor(key))
+        block._compiled_call_impl = compiled_call(block, Inductor(key))
     return blocks
 
 

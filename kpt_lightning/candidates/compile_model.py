@@ -3,16 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.compile_blocks import decide_blocks, is_compiled
+from kpt_lightning.candidates.compiled_call import compiled_call
 from kpt_lightning.candidates.cuda_graphs import Graphed
 from kpt_lightning.candidates.inductor import Inductor
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.candidates.traced_call import traced_call
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Rejected
 from kpt_lightning.errors import ConfigError
@@ -71,7 +70,7 @@ class CompileModel:
             if setting["mode"] == _GRAPHS:
                 module._compiled_call_impl = Graphed(module, subject.key)  # type: ignore[assignment,unused-ignore]
             else:
-                compiled = torch.compile(traced_call(module), backend=Inductor(subject.key))
+                compiled = compiled_call(module, Inductor(subject.key))
                 module._compiled_call_impl = compiled  # type: ignore[assignment,unused-ignore]
         return chosen
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from kpt_lightning.candidates.traced_call import traced_call
+from kpt_lightning.candidates.compiled_call import compiled_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Graphed:
 
     def __init__(self, module: nn.Module, key: str) -> None:
         """Compile lazily; nothing runs before the first call."""
-        self._compiled = torch.compile(traced_call(module), backend=CudaGraphs(key))
+        self._compiled = compiled_call(module, CudaGraphs(key))
         self._parameters = list(module.parameters())
         self._hooked: dict[Tensor, tuple[RemovableHandle, bool]] = {}
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kpt_lightning.candidates.candidate import Candidate, Change
 from kpt_lightning.candidates.compile_model import CANDIDATE
+from kpt_lightning.candidates.compiled_call import compiled_call
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.candidates.traced_call import traced_call
 from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Rejected
 from kpt_lightning.errors import ConfigError
@@ -112,7 +112,7 @@ def test_a_module_of_torch_itself_is_traced_through_its_own_frame_and_its_hooks_
         return graph.forward
 
     x = torch.randn(2, 4, 8)
-    torch.testing.assert_close(torch.compile(traced_call(model), backend=backend)(x), model(x))
+    torch.testing.assert_close(compiled_call(model, backend)(x), model(x))
     assert len(traced) == 1
 
 

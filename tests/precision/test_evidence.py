@@ -34,6 +34,8 @@ NOT_FP8 = [
     "triton_poi_fused__to_copy_clamp_float8_gemm_mul_reciprocal_silu_t_view_18",
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_cga1x1x",
     "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl>",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::float8_copy_kernel_cuda(at::TensorIteratorBase&)"
+    "::{lambda(float)#1}, std::array<char*, 2ul> >(int, at::native::float8_copy_kernel_cuda(at::TensorIteratorBase&)",
     "Memcpy DtoD (Device -> Device)",
 ]
 
