@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kpt_lightning.candidates.candidate import Change
+from kpt_lightning.candidates.candidate import Change, SelfChecking, Stage
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.measure.interleave import ROUNDS
 from kpt_lightning.optimize.apply import Lookup, applied
@@ -20,7 +20,7 @@ class Laboratory:
     Attributes:
         subject: The model and what surrounds it; unchanged between trials.
         work: Its forward pass on a real batch.
-        baseline: Of the kept changes without compilation.
+        baseline: Of the kept changes that are ``steady``, without compilation.
         lookup: Name to candidate.
         deadline: Value of ``time.monotonic()`` when time is out.
         rounds: Pairs of timings in a trial.
@@ -40,6 +40,18 @@ class Laboratory:
     def state(self, changes: Sequence[Change]) -> Callable[[], AbstractContextManager[None]]:
         """The model with these changes, while entered."""
         return lambda: applied(self.subject, changes, self.lookup)
+
+    def steady(self, changes: Sequence[Change]) -> list[Change]:
+        """Those changes on which others that only round can be judged: not layers in FP8, which check themselves.
+
+        A value that differs in its last bit may be rounded to another neighbour in FP8, a thousand times as far away:
+        one H200's atomic additions move the median gradient of a Llama of 1.2 B parameters to 19.8 dB there.
+        """
+        return [change for change in changes if not isinstance(self.lookup(change.candidate), SelfChecking)]
+
+    def eager(self, changes: Sequence[Change]) -> list[Change]:
+        """Those changes that compile nothing."""
+        return [change for change in changes if self.lookup(change.candidate).stage is not Stage.COMPILE]
 
     def train_once(self) -> None:
         """One forward and backward pass; gradients are dropped."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from kpt_lightning.candidates import registry
-from kpt_lightning.candidates.candidate import Candidate, Change, Stage
+from kpt_lightning.candidates.candidate import Candidate, Change
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Decision, Rejected
@@ -217,7 +217,9 @@ def _follow(laboratory: Laboratory, outcome: Outcome) -> None:
 
 def _new_baseline(laboratory: Laboratory, kept: Sequence[Change]) -> None:
     """Changes of precision were judged; what follows is compared with the model in its new precision."""
-    eager = [change for change in kept if laboratory.lookup(change.candidate).stage is not Stage.COMPILE]
+    eager = laboratory.eager(kept)
     with applied(laboratory.subject, eager, laboratory.lookup):
         _record(laboratory.subject, laboratory.work)
-        laboratory.baseline = take_baseline(laboratory.subject, laboratory.work.loss_and_outputs)
+    if laboratory.steady(kept[-1:]):
+        with applied(laboratory.subject, laboratory.steady(eager), laboratory.lookup):
+            laboratory.baseline = take_baseline(laboratory.subject, laboratory.work.loss_and_outputs)

@@ -76,6 +76,9 @@ def _numbers(laboratory: Laboratory, kept: Sequence[Change], change: Change, can
     """What the gate of the candidate's kind says."""
     if candidate.stage is Stage.OPTIMIZER:
         return compare_steps(laboratory, kept, change, candidate.numerics)
+    if candidate.numerics is not Numerics.PRECISION and len(steady := laboratory.steady(kept)) < len(kept):
+        # Nothing is timed in that state, so that nothing need be compiled for it; the whole is compared compiled.
+        kept = laboratory.eager(steady)
     verdict = compare(laboratory, [*kept, change], candidate.numerics, laboratory.baseline)
     if not verdict or not isinstance(candidate, SelfChecking):
         return verdict
@@ -86,8 +89,11 @@ def _numbers(laboratory: Laboratory, kept: Sequence[Change], change: Change, can
 def _self_check(laboratory: Laboratory, changes: Sequence[Change], candidate: SelfChecking) -> Decision:
     """Without compilation, which hides a model's insides."""
     subject = laboratory.subject
-    eager = [change for change in changes if laboratory.lookup(change.candidate).stage is not Stage.COMPILE]
-    with laboratory.state(eager)(), evaluating(subject.model, laboratory.baseline.random), preserved(subject.model):
+    with (
+        laboratory.state(laboratory.eager(changes))(),
+        evaluating(subject.model, laboratory.baseline.random),
+        preserved(subject.model),
+    ):
         return candidate.check(subject, laboratory.work.loss)
 
 

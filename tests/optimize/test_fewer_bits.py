@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from kpt_lightning.candidates.autocast_bf16 import CANDIDATE as AUTOCAST
 from kpt_lightning.candidates.candidate import Change
+from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Float8Config
-from kpt_lightning.decision import Decision
+from kpt_lightning.decision import Accepted, Decision
 from kpt_lightning.optimize.apply import applied
 from kpt_lightning.optimize.baseline import take_baseline
 from kpt_lightning.optimize.fewer_bits import Bits, bits_of, expect
@@ -144,12 +145,20 @@ def three_percent(model: Any) -> Callable[[], None]:
     return handle.remove  # type: ignore[no-any-return]
 
 
-def test_beside_fewer_bits_what_only_rounds_keeps_its_own_limits() -> None:
+class Checked(Made):
+    """As layers in FP8 are, on which nothing is judged that only rounds."""
+
+    def check(self, subject: Subject, run: Callable[[], Tensor]) -> Decision:
+        return Accepted("check", "right")
+
+
+@pytest.mark.parametrize("kind", [Made, Checked])
+def test_beside_fewer_bits_what_only_rounds_keeps_its_own_limits(kind: type[Made]) -> None:
     model = Tiny()
     about, work = subject(model, batch()), Workload(model, batch())
     plain = take_baseline(about, work.loss_and_outputs)
     made = [
-        Made("bits", converted, Numerics.PRECISION),
+        kind("bits", converted, Numerics.PRECISION),
         Made("right", lambda model: lambda: None),
         Made("wrong", three_percent),
     ]
@@ -164,3 +173,4 @@ def test_beside_fewer_bits_what_only_rounds_keeps_its_own_limits() -> None:
         verdict = compare_whole(laboratory, changes, plain)
         assert verdict, verdict.reason
     assert not compare_whole(laboratory, [wrong], plain)
+    assert laboratory.steady([bits, right]) == ([right] if kind is Checked else [bits, right])
