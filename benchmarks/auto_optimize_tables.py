@@ -27,7 +27,7 @@ def cpu_table(runs: Sequence[Run]) -> str:
     rounds = sorted({each[which]["rounds"] for run in runs for each in run["repeats"] for which in ("plan", "plain")})
     loads = [run["load_before"] for run in runs] + [each["load"] for run in runs for each in run["repeats"]]
     return "\n\n".join([
-        _heading("`auto_optimize` against the plain model", runs[0]),
+        _heading("`auto_optimize` against the plain model", "cpu", runs[0]),
         "Speed is time of plain over time of the other: above 1 is faster. Each figure is the median of interleaved "
         f"rounds ({_span(rounds)} of them), n = {repeats} repeats with the plan and as many plain against plain (A/A). "
         "A step is one forward and backward pass, with the optimizer where the plan changes it. The interval is the "
@@ -115,7 +115,7 @@ def null_table(runs: Sequence[Run]) -> str:
         f"ended before round {values_needed()}", "s",
     )  # fmt: skip
     return "\n\n".join([
-        _heading("Candidates that change nothing, through the same search", runs[0]),
+        _heading("Candidates that change nothing, through the same search", "null", runs[0]),
         "The goal is at most 5 of 100. Whoever loses each of the first rounds is not measured to the end.",
         markdown(columns, rows),
     ])  # fmt: skip
@@ -131,7 +131,7 @@ def gpu_table(runs: Sequence[Run]) -> str:
     columns = (*SPEED_COLUMNS, "trial s", "loss of steps 1, 2, 3", "attention that ran in one step")
     processes = _span(sorted({len(entries) for entries in groups.values()}))
     return "\n\n".join([
-        _heading(f"Plain, by rules and by trial: shape {first['shape']}", first),
+        _heading(f"Plain, by rules and by trial: shape {first['shape']}", "h200", first),
         f"{first['batch']} x {first['length']} random tokens a step, {first['steps']} steps a process, each "
         f"variant in turn in {processes} processes of its own. One late step of the last process of each variant is "
         "profiled and is an outlier that the median ignores. A trial runs before the first step and is in no figure "
@@ -185,6 +185,7 @@ def describe_attention(text: str) -> str:
     return f"{found[1]}, {'causal' if values[causal] else 'not causal'}, {said}"
 
 
-def _heading(what: str, run: Run) -> str:
+def _heading(what: str, command: str, run: Run) -> str:
     place = run["environment"].get("device", "CPU")
-    return f"# {what}: {place}, {run['date']}\n\nVersions and settings: {versions(run['environment'])}."
+    made = f"Made by `python benchmarks/bench_auto_optimize.py {command}`."
+    return f"# {what}: {place}, {run['date']}\n\n{made} Versions and settings: {versions(run['environment'])}."
