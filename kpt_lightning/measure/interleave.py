@@ -138,17 +138,18 @@ def _t_95(degrees: int) -> float:
 def _steps_a_visit(state: State, run: Callable[[], object], device: torch.device) -> int:
     with state():
         run()
-        return max(1, math.ceil(_LEAST_SECONDS / max(_timed(run, device), 1e-6)))
+        return max(1, math.ceil(_LEAST_SECONDS / max(timed(run, device), 1e-6)))
 
 
 def _visit(state: State, run: Callable[[], object], device: torch.device, steps: int) -> float:
     """The median time of a step in one state, after one that warms it up."""
     with state():
         run()
-        return median([_timed(run, device) for _ in range(steps)]) or 0.0
+        return median([timed(run, device) for _ in range(steps)]) or 0.0
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the work that it leaves to a GPU included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

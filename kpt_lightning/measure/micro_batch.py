@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.measure.batch import batch_size
+from kpt_lightning.measure.interleave import timed
 from kpt_lightning.measure.memory import peak_memory, reset_peak
 from kpt_lightning.measure.statistics import median
 
@@ -108,11 +109,7 @@ def _point(run: Callable[[Any], object], batch: Any, rows: int, size: int, devic
 
 
 def _seconds(run: Callable[[Any], object], batch: Any, device: torch.device) -> float:
-    start = time.perf_counter()
-    run(batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return max(time.perf_counter() - start, 1e-9)
+    return max(timed(lambda: run(batch), device), 1e-9)
 
 
 def _release(device: torch.device) -> None:

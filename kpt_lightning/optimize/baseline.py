@@ -11,6 +11,7 @@ from torch import nn
 
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.errors import KptError
+from kpt_lightning.validation.attempt import one_line
 from kpt_lightning.validation.gates import Numerics, gate
 from kpt_lightning.validation.reading import SEED, Distance, Pass, Reading, distance, judge, read, widest
 from kpt_lightning.validation.rounding import rounding_noise
@@ -55,8 +56,7 @@ def take_baseline(subject: Subject, forward: Pass) -> Baseline:
             try:
                 first = read(model, forward)
             except Exception as error:  # noqa: BLE001  a model may refuse eval mode in any way
-                random, note = False, f"compared in train mode with equal seeds: in eval mode {error}"
-                note = " ".join(note.split())
+                random, note = False, one_line(f"compared in train mode with equal seeds: in eval mode {error}")
     with evaluating(model, random):
         if random and _differ(first, read(model, forward, seed=SEED + 1)):
             note = "random in eval mode too: compared with equal seeds"

@@ -13,7 +13,7 @@ from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import ConfigError, KptError
-from kpt_lightning.measure.interleave import ROUNDS, SLOW_ROUNDS, SLOW_SECONDS
+from kpt_lightning.measure.interleave import ROUNDS, SLOW_ROUNDS, SLOW_SECONDS, timed
 from kpt_lightning.measure.statistics import median
 from kpt_lightning.optimize.apply import applied
 from kpt_lightning.optimize.baseline import Baseline, take_baseline
@@ -111,19 +111,8 @@ def _record(subject: Subject, work: Work) -> None:
 
 
 def _seconds(subject: Subject, work: Work) -> float:
-    times = []
     with preserved(subject.model):
-        for _ in range(3):
-            begin = time.perf_counter()
-            train_once(subject, work)
-            _wait(subject)
-            times.append(time.perf_counter() - begin)
-    return median(times) or 0.0
-
-
-def _wait(subject: Subject) -> None:
-    if subject.device.type == "cuda":
-        torch.cuda.synchronize(subject.device)
+        return median([timed(lambda: train_once(subject, work), subject.device) for _ in range(3)]) or 0.0
 
 
 def _try_candidate(laboratory: Laboratory, candidate: Candidate, outcome: Outcome, losses: LossGate, say: Say) -> None:
