@@ -18,6 +18,7 @@ from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import KptConfig, Level
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.hardware import detect
+from kpt_lightning.optimize.arguments import check_search
 from kpt_lightning.optimize.by_trial import MAX_SECONDS, plan_by_trial
 from kpt_lightning.optimize.engine import HALF, Engine
 from kpt_lightning.optimize.plan import Plan
@@ -58,8 +59,7 @@ class AutoOptimizeCallback(pl.Callback):
         Raises:
             ConfigError: A setting is unknown, of the wrong type, or contradicts another one.
         """
-        if not max_seconds > 0:
-            raise ConfigError("max_seconds", max_seconds, "must be above 0", "Give about 120")
+        check_search(max_seconds, goal)
         self.config = KptConfig.build(config, level=level)
         self.goal, self.max_seconds, self.print_plan = goal, max_seconds, print_plan
         self.cache = None if cache is False else DIRECTORY if cache is True else Path(cache)

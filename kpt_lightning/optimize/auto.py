@@ -13,6 +13,7 @@ from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import KptConfig
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.hardware import detect
+from kpt_lightning.optimize.arguments import check_loop, check_search
 from kpt_lightning.optimize.by_trial import MAX_SECONDS, plan_by_trial
 from kpt_lightning.optimize.driven import drive
 from kpt_lightning.optimize.engine import Engine
@@ -38,7 +39,7 @@ def auto_optimize(
     goal: Literal["speed", "memory"] = "speed",
     max_seconds: float = MAX_SECONDS,
     cache: bool | str | Path = True,
-    plan: Plan | str | Path | None = None,
+    plan: Plan | dict[str, Any] | str | Path | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Try optimizations on a model and a real batch, and keep those that measurably help, in place.
@@ -59,7 +60,7 @@ def auto_optimize(
         goal: "memory" also proposes what costs speed.
         max_seconds: No trial starts later than that.
         cache: Keep the plan for the next run under ``.kpt/plans``, or in the directory given.
-        plan: A plan made before, or its JSON file: it is applied and nothing is tried.
+        plan: A plan made before, its dict, or its JSON file: it is applied and nothing is tried.
         progress: Print a line for each trial to stderr.
 
     Returns:
@@ -71,9 +72,9 @@ def auto_optimize(
         KptError: The model does not train on this batch.
     """
     built = KptConfig.build(config, level=level)
+    check_search(max_seconds, goal)
+    check_loop(model, optimizer)
     device = _device(model)
-    if not max_seconds > 0:
-        raise ConfigError("max_seconds", max_seconds, "must be above 0", "Give about 120")
     # What cannot be used is told before the plan in force is undone.
     work = Workload(model, batch, loss_fn) if plan is None else None
     made = None if plan is None else load_plan(plan)

@@ -135,6 +135,9 @@ class Plan:
         Raises:
             ConfigError: A key is missing, as in a plan of another version.
         """
+        for name in ("device", "precision", "parallel", "basis"):
+            if not isinstance(data.get(name, ""), str):
+                raise ConfigError(f"plan.{name}", data[name], "must be text", "Make a new plan")
         try:
             return cls(
                 config=KptConfig.build(data["config"]),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.candidate import Change
@@ -14,14 +15,18 @@ from kpt_lightning.optimize.setting_forms import check_setting
 from kpt_lightning.precision.convert import float8_available
 
 
-def load_plan(source: Plan | str | Path) -> Plan:
-    """A plan, or the one in a JSON file.
+def load_plan(source: Plan | dict[str, Any] | str | Path) -> Plan:
+    """A plan, what its ``to_dict`` gave, or the one in a JSON file.
 
     Raises:
         ConfigError: The file cannot be read, or holds no plan of this version.
     """
     if isinstance(source, Plan):
         return source
+    if isinstance(source, dict):
+        return Plan.from_dict(source)
+    if not isinstance(source, str | Path):
+        raise ConfigError("plan", type(source).__name__, "is no plan", "Give a Plan, its dict, or the path of its JSON")
     try:
         data = json.loads(Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -46,7 +51,9 @@ def adopted(plan: Plan, profile: HardwareProfile, *, parallel: Accepted | None, 
             "plan", f"precision {plan.precision}", f"contradicts the trainer's own precision {given_precision!r}",
             "Remove one of the two",
         )  # fmt: skip
-    for change in plan.changes:
+    for number, change in enumerate(plan.changes):
+        if change.candidate in {before.candidate for before in plan.changes[:number]}:
+            raise ConfigError("plan.changes", change.candidate, "is there twice", "Make a new plan")
         _check(change, plan, profile)
     layout = plan.parallel if parallel is None else parallel.subject.removeprefix("parallel ")
     return replace(plan, proofs=[], parallel=layout, device=profile.primary.name)

@@ -12,10 +12,11 @@ from kpt_lightning.candidates.candidate import Candidate, Change
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Decision, Rejected
-from kpt_lightning.errors import ConfigError, KptError
+from kpt_lightning.errors import KptError
 from kpt_lightning.measure.interleave import ROUNDS, SLOW_ROUNDS, SLOW_SECONDS, timed
 from kpt_lightning.measure.statistics import median
 from kpt_lightning.optimize.apply import applied
+from kpt_lightning.optimize.arguments import check_search
 from kpt_lightning.optimize.baseline import Baseline, take_baseline
 from kpt_lightning.optimize.guarded import check_device, guarded, told
 from kpt_lightning.optimize.laboratory import Laboratory, train_once
@@ -57,11 +58,10 @@ def search(
         say: Told what happens, one line at a time.
 
     Raises:
-        ConfigError: ``max_seconds`` is not positive.
+        ConfigError: ``max_seconds`` or the goal is none.
         KptError: The model does not train on this batch, or the device failed.
     """
-    if not max_seconds > 0:
-        raise ConfigError("max_seconds", max_seconds, "must be above 0", "Give about 120")
+    check_search(max_seconds, subject.goal)
     start = time.monotonic()
     candidates = tuple(registry.candidates() if pool is None else pool)
     with surrounded_by(*surroundings(subject, work)):

@@ -43,7 +43,7 @@ class KptStrategy(Strategy):
         level: Literal["conservative", "balanced", "aggressive"] | None = None,
         precision: PrecisionName = "auto",
         parallel: ParallelName = "auto",
-        plan: Plan | str | Path | None = None,
+        plan: Plan | dict[str, Any] | str | Path | None = None,
         **lightning: Any,
     ) -> None:
         """Check the settings; no device is touched.
@@ -53,7 +53,7 @@ class KptStrategy(Strategy):
             level: What may change in the numbers.
             precision: auto follows the hardware; what is given wins.
             parallel: auto is single for one device and ddp for several.
-            plan: Made by trial before, or its JSON file; its settings hold, so no other may be given.
+            plan: Made by trial before, its dict, or its JSON file; its settings hold, so no other may be given.
             lightning: Arguments of the Lightning strategy that it becomes, such as ``find_unused_parameters``.
 
         Raises:
@@ -160,7 +160,7 @@ class KptStrategy(Strategy):
         self._unbound()
 
 
-def _taken(source: Plan | str | Path, config: KptConfig) -> Plan:
+def _taken(source: Plan | dict[str, Any] | str | Path, config: KptConfig) -> Plan:
     """The plan; a setting beside it would be ignored."""
     for field in sorted(config.model_fields_set - {"parallel"}):
         raise ConfigError(

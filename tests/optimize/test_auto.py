@@ -208,6 +208,15 @@ class NoBackward(nn.Module):
         (None, {"batch": None}, ConfigError, "batch"),
         ((each for each in [1]), {}, ConfigError, "batch"),
         (None, {"max_seconds": 0}, ConfigError, "max_seconds"),
+        (None, {"max_seconds": "5"}, ConfigError, "max_seconds"),
+        (None, {"goal": "fast"}, ConfigError, "goal: 'fast'|goal.*speed, memory"),
+        (None, {"optimizer": torch.optim.SGD}, ConfigError, "optimizer.*SGD"),
+        (
+            None,
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])},
+            ConfigError,
+            "no parameter of this model",
+        ),
         (None, {"level": "reckless"}, ConfigError, "level"),
         (torch.zeros(2, 3), {}, KptError, "forward and backward"),
     ],
@@ -224,6 +233,16 @@ def test_bad_input_is_told_and_the_model_is_as_before(data: Any, more: Any, erro
 def test_a_model_that_cannot_run_backward_is_told_so() -> None:
     with pytest.raises(KptError, match="gradient"):
         optimize(NoBackward(), torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_no_backward_pass_or_no_code_can_be_tried_on_is_refused() -> None:
+    with torch.no_grad(), pytest.raises(ConfigError, match="no_grad"):
+        optimize(Tiny())
+    with pytest.raises(ConfigError, match="ScriptModule"):
+        optimize(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(ConfigError, match=r"no torch\.nn"):
+        optimize(lambda x: x)
 
 
 @pytest.mark.parametrize("where", ["meta", "none"])

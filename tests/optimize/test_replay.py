@@ -44,7 +44,24 @@ def test_a_plan_is_loaded_from_an_object_a_path_and_its_text(tmp_path: Path) -> 
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(made.to_dict()), encoding="utf-8")
     assert load_plan(made) is made
-    assert load_plan(path) == load_plan(str(path)) == made
+    assert load_plan(path) == load_plan(str(path)) == load_plan(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        ({"precision": 8}, "plan.precision: 8|plan.precision.*text"),
+        ({"changes": [FLOAT8.to_dict(), FLOAT8.to_dict()]}, "float8.*is there twice"),
+    ],
+)
+def test_a_plan_edited_by_hand_into_nonsense_is_refused(edit: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        adopt(load_plan(plan(FLOAT8).to_dict() | edit))
+
+
+def test_something_else_than_a_plan_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is no plan"):
+        load_plan(["plan.json"])
 
 
 @pytest.mark.parametrize(
