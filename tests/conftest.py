@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before triton is imported: its kernels then run as Python, on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Lightning, torch and their compilers write these on their own; a test cannot help it. They are restored all the same.
 WRITTEN_BY_LIBRARIES = frozenset(
     {

@@ -260,8 +260,7 @@ class Engine:
     def training_starts(self) -> None:
         """Called before each training step; the first call forgets what a sanity validation ran."""
         if self._counts is not None and not self._training:
-            self._counts.calls.clear()
-            self._counts.emulated = 0
+            self._counts.clear()
         if self._runs is not None and not self._training:
             self._runs.total = 0
         self._training = True
@@ -345,13 +344,13 @@ class Engine:
         if reason is not None:
             self.plan.proofs.append(Rejected("fp8 kernels", reason))
             return run()
-        before = self._counts.total
+        before = self._counts.launched
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
             result = run()
             torch.cuda.synchronize()
         names = [event.name for event in profiler.events() or () if event.device_type.name == "CUDA"]
-        self._hold(self._kernels(names, self._counts.total - before))
+        self._hold(self._kernels(names, self._counts.launched - before))
         return result
 
     def _observed(self, run: Callable[[], Any], whole: bool) -> Any:

@@ -32,6 +32,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "compile_model": {"modules": list[str], "mode": str},
     "data_loading": {"num_workers": int, "pin_memory": bool, "persistent_workers": bool, "prefetch_factor": int},
     "float8": {"recipe": str, "layers": list[str]},
+    "float8_mlp": {"groups": list[_Gated]},
     "fused_mlp": {"groups": list[_Gated]},
     "fused_norm": {"backend": str, "groups": list[_Norms]},
     "low_bit_optimizer": {"storage": str},

@@ -15,21 +15,41 @@ class GemmCounts:
     """FP8 GEMMs that ran.
 
     Attributes:
-        calls: (role, M, N, K) -> number of calls; M, N, K are the sizes of this GEMM (K contracted).
+        calls: (role, M, N, K) -> number of products of one layer; M, N, K are their sizes (K contracted).
         emulated: How many of them ran in fp32 arithmetic.
+        merged: How many of them ran inside of the GEMM of another layer.
     """
 
     calls: Counter[tuple[str, int, int, int]] = field(default_factory=Counter)
     emulated: int = 0
+    merged: int = 0
 
     @property
     def total(self) -> int:
-        """All calls."""
+        """Products of all layers."""
         return self.calls.total()
 
+    @property
+    def launched(self) -> int:
+        """GEMMs that were called: one for all layers whose products are merged."""
+        return self.total - self.merged
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.calls.clear()
+        self.emulated = self.merged = 0
+
     def of_role(self, role: str) -> int:
-        """Calls of one role: output, grad_input or grad_weight."""
+        """Products of one role: output, grad_input or grad_weight."""
         return sum(count for (name, *_), count in self.calls.items() if name == role)
+
+    def add(self, role: str, sizes: tuple[int, int, int], layers: int, emulated: bool) -> None:
+        """Count one GEMM of (M, N, K) that serves equal layers side by side, along the sizes of their weights' rows."""
+        split = {"output": 1, "grad_input": 2, "grad_weight": 0}[role]
+        m, n, k = (size // layers if axis == split else size for axis, size in enumerate(sizes))
+        self.calls[role, m, n, k] += layers
+        self.emulated += layers * emulated
+        self.merged += layers - 1
 
 
 _active: list[GemmCounts] = []
@@ -55,10 +75,10 @@ def _run(
     fast_accum: bool,
     emulate: bool,
     role: str,
+    layers: int = 1,
 ) -> Tensor:
     for counts in _active:
-        counts.calls[role, a.shape[0], b.shape[1], a.shape[1]] += 1
-        counts.emulated += emulate
+        counts.add(role, (a.shape[0], b.shape[1], a.shape[1]), layers, emulate)
     # Autocast reaches the inside of an operator, and on a CPU both ways of multiplying would run in bf16.
     with nullcontext() if a.is_cuda and not emulate else torch.autocast(a.device.type, enabled=False):
         # Rowwise kernels write bf16 only; tensorwise ones also fp32, which spares the weight gradient a pass.
@@ -80,6 +100,7 @@ def _shape(
     fast_accum: bool,
     emulate: bool,
     role: str,
+    layers: int = 1,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
@@ -89,7 +110,7 @@ def _shape(
 _library: Any = torch.library.Library("kpt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "float8_gemm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool fast_accum, "
-    "bool emulate, str role) -> Tensor",
+    "bool emulate, str role, int layers=1) -> Tensor",
     tags=(torch.Tag.needs_exact_strides,),
 )
 for _key in ("CPU", "CUDA"):
@@ -107,6 +128,7 @@ def float8_gemm(
     fast_accum: bool,
     emulate: bool,
     role: str,
+    layers: int = 1,
 ) -> Tensor:
     """``(a * scale_a) @ (b * scale_b)``.
 
@@ -119,9 +141,10 @@ def float8_gemm(
         fast_accum: Accumulate in the tensor core's own precision; for the output GEMM.
         emulate: Multiply in fp32 instead of ``torch._scaled_mm``.
         role: output, grad_input or grad_weight; for the count.
+        layers: How many equal layers have their products in this one, side by side; for the count.
 
     Returns:
         (M, N) in ``out_dtype``.
     """
-    result: Tensor = torch.ops.kpt.float8_gemm(a, b, scale_a, scale_b, out_dtype, fast_accum, emulate, role)
+    result: Tensor = torch.ops.kpt.float8_gemm(a, b, scale_a, scale_b, out_dtype, fast_accum, emulate, role, layers)
     return result

@@ -1,6 +1,6 @@
-"""Each FP8 layer against the linear layer that it stands for, on what the model really gave it and got from it."""
+"""Each FP8 layer against what it stands for, on what the model really gave it and got from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,29 +16,54 @@ ROWS = 256
 """Rows of activations looked at in each layer, evenly strided: what is kept of all layers stays far below a model."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A module of one tensor in and one out that runs in FP8, each row by itself.
+
+    Attributes:
+        module: Whose calls are recorded.
+        weights: Name below the module to weight; none of them for a product of its own.
+        exact: (x, *weights) to the output that it stands for.
+        float8: (x, *weights) to the output, in FP8 as in the module.
+    """
+
+    module: nn.Module
+    weights: Mapping[str, Tensor]
+    exact: Callable[..., Tensor]
+    float8: Callable[..., Tensor]
+
+
 @dataclass(slots=True)
 class _Seen:
-    """What one layer was given, and how near what it gave is."""
+    """What one unit was given, and how near what it gave is."""
 
-    layer: Float8Linear
+    unit: Unit
     x: Tensor | None = None
     grad: Tensor | None = None
     asked: bool = False
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def check_layers(model: nn.Module, run: Callable[[], Tensor], least_db: float) -> Decision:
-    """Whether output, input gradient and weight gradient of each FP8 layer have enough SQNR.
+def linear_units(model: nn.Module) -> dict[str, Unit]:
+    """The FP8 linear layers of a model by name."""
+    return {name: _linear(module) for name, module in model.named_modules() if isinstance(module, Float8Linear)}
 
-    Output and input gradient are those that the layer gave in this pass. A weight gradient needs all rows, so that
+
+def check_layers(
+    model: nn.Module, run: Callable[[], Tensor], least_db: float, units: Mapping[str, Unit] | None = None
+) -> Decision:
+    """Whether output, input gradient and weight gradients of each FP8 layer have enough SQNR.
+
+    Output and input gradient are those that the unit gave in this pass. A weight gradient needs all rows, so that
     product is done again on the rows that were recorded.
 
     Args:
-        model: Holds Float8Linear layers, not compiled.
+        model: Holds the layers, not compiled.
         run: One forward pass; its loss is differentiated here.
         least_db: What each figure must reach.
+        units: What is looked at, by name; the Float8Linear layers if not given.
     """
-    seen = {name: _Seen(module) for name, module in model.named_modules() if isinstance(module, Float8Linear)}
+    seen = {name: _Seen(unit) for name, unit in (linear_units(model) if units is None else units).items()}
     _record(seen, run)
     worst, where, looked = float("inf"), "", 0
     for name, found in seen.items():
@@ -61,14 +86,24 @@ def check_layers(model: nn.Module, run: Callable[[], Tensor], least_db: float) -
     return Accepted("fp8 layers", text)
 
 
-def _record(seen: dict[str, _Seen], run: Callable[[], Tensor]) -> None:
-    """One pass, forward and backward, with hooks on each layer that are gone afterwards."""
+def _linear(layer: Float8Linear) -> Unit:
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, None if layer.bias is None else layer.bias.detach().to(weight.dtype))
+
+    def float8(x: Tensor, weight: Tensor) -> Tensor:
+        return float8_linear(x, weight, layer.bias, layer.float8)
+
+    return Unit(layer, {"": layer.weight}, exact, float8)
+
+
+def _record(seen: Mapping[str, _Seen], run: Callable[[], Tensor]) -> None:
+    """One pass, forward and backward, with hooks on each unit that are gone afterwards."""
     handles: list[Any] = []
     try:
         for found in seen.values():
             # Last before the layer and first after it: hooks of others are no part of the product.
-            handles.append(found.layer.register_forward_pre_hook(_before(found), with_kwargs=True))
-            handles.append(found.layer.register_forward_hook(_after(found), prepend=True, with_kwargs=True))
+            handles.append(found.unit.module.register_forward_pre_hook(_before(found), with_kwargs=True))
+            handles.append(found.unit.module.register_forward_hook(_after(found), prepend=True, with_kwargs=True))
         run().backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
@@ -77,8 +112,10 @@ def _record(seen: dict[str, _Seen], run: Callable[[], Tensor]) -> None:
 
 def _before(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], Any]:
     def compare(grad: Tensor) -> None:
-        if seen.grad is not None:
-            _figure(seen, "input gradient", seen.grad.float() @ seen.layer.weight.detach().float(), _some_rows(grad))
+        if seen.x is not None and seen.grad is not None:
+            x = seen.x.float().requires_grad_()
+            (exact,) = _gradients(seen.unit.exact, x, _wide(seen.unit), [x], seen.grad.float())
+            seen.figures["input gradient"] = sqnr_db(exact, _some_rows(grad))
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
         if seen.x is not None:
@@ -102,27 +139,37 @@ def _after(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Te
         if seen.x is not None or not output.requires_grad:
             return
         seen.x = _some_rows(*args, *kwargs.values()).to(output.dtype)
-        layer = seen.layer
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            bias = None if layer.bias is None else layer.bias.float()
-            _figure(seen, "output", F.linear(seen.x.float(), layer.weight.float(), bias), _some_rows(output))
+            exact = seen.unit.exact(seen.x.float(), *_wide(seen.unit))
+            seen.figures["output"] = sqnr_db(exact, _some_rows(output))
         output.register_hook(keep)  # type: ignore[no-untyped-call]
 
     return record
 
 
-def _figure(seen: _Seen, role: str, exact: Tensor, got: Tensor) -> None:
-    seen.figures[role] = sqnr_db(exact, got)
-
-
 def _weight_gradient(seen: _Seen, x: Tensor, grad: Tensor) -> None:
-    layer = seen.layer
-    if not layer.weight.requires_grad:
+    trained = {name: each for name, each in seen.unit.weights.items() if each.requires_grad}
+    if not trained:
         return
-    weight = layer.weight.detach().requires_grad_()
+    names = list(seen.unit.weights)
+    figures = []
+    for function, wide in ((seen.unit.exact, True), (seen.unit.float8, False)):
+        weights = [each.detach().float() if wide else each.detach() for each in seen.unit.weights.values()]
+        wanted = [weights[names.index(name)].requires_grad_() for name in trained]
+        figures.append(_gradients(function, x.float() if wide else x, weights, wanted, grad.float() if wide else grad))
+    for name, exact, got in zip(trained, *figures, strict=True):
+        seen.figures[f"weight gradient of {name}".removesuffix(" of ")] = sqnr_db(exact, got)
+
+
+def _gradients(
+    function: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor], wanted: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor, ...]:
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        (got,) = torch.autograd.grad(float8_linear(x, weight, None, layer.float8), weight, grad)
-    _figure(seen, "weight gradient", grad.float().t() @ x.float(), got)
+        return torch.autograd.grad(function(x, *weights), wanted, grad)
+
+
+def _wide(unit: Unit) -> list[Tensor]:
+    return [each.detach().float() for each in unit.weights.values()]
 
 
 def _some_rows(tensor: Tensor) -> Tensor:
