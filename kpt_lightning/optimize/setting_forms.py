@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "data_loading": {"num_workers": int, "pin_memory": bool, "persistent_workers": bool, "prefetch_factor": int},
     "float8": {"recipe": str, "layers": list[str]},
     "float8_mlp": {"groups": list[_Gated]},
+    "float8_siblings": {"groups": list[list[str]]},
     "fused_mlp": {"groups": list[_Gated]},
     "fused_norm": {"backend": str, "groups": list[_Norms]},
     "low_bit_optimizer": {"storage": str},

@@ -60,19 +60,20 @@ class _Gated(torch.autograd.Function):
         ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str, settings: Float8Settings,
         inner: bool, outer: bool,
     ) -> Tensor:  # fmt: skip
+        parts = (gate.shape[0], up.shape[0])
         x_rows, x_columns, x_scale = quantize(x, E4M3, columns=inner)
         w_rows, w_columns, w_scale = quantize_many([gate, up], E4M3, dim=0)
         gate_up = float8_gemm(
             x_rows, w_rows.t(), x_scale, w_scale,
-            out_dtype=x.dtype, fast_accum=True, emulate=settings.emulate, role="output", layers=2,
+            out_dtype=x.dtype, fast_accum=True, emulate=settings.emulate, role="output", parts=parts,
         )  # fmt: skip
-        h_rows, h_columns, h_scale = gated_quantize(gate_up, activation, E4M3, columns=outer)
+        h_rows, h_columns, h_scale = gated_quantize(gate_up, activation, E4M3)
         d_rows, d_columns, d_scale = quantize(down, E4M3)
         ctx.save_for_backward(
             x_columns, x_scale, w_columns, w_scale, gate_up, h_columns, h_scale, d_columns, d_scale,
         )  # fmt: skip
         ctx.activation, ctx.settings, ctx.dtypes = activation, settings, (gate.dtype, down.dtype)
-        ctx.inner, ctx.outer = inner, outer
+        ctx.inner, ctx.outer, ctx.parts = inner, outer, parts
         # Nothing may follow: torch 2.11 compiles such a forward without its gradient.
         return float8_gemm(
             h_rows, d_rows.t(), h_scale, d_scale,
@@ -100,17 +101,17 @@ class _Gated(torch.autograd.Function):
             g_rows, d.t(), g_scale, d_scale,
             out_dtype=gate_up.dtype, fast_accum=False, emulate=emulate, role="grad_input",
         )  # fmt: skip
-        z_rows, z_columns, z_scale = gated_backward_quantize(grad_h, gate_up, ctx.activation, dtype, columns=ctx.inner)
+        z_rows, z_columns, z_scale = gated_backward_quantize(grad_h, gate_up, ctx.activation, dtype)
         grad_x, grad_gate, grad_up = None, None, None
         if ctx.needs_input_grad[0]:
             grad_x = float8_gemm(
                 z_rows, w.t(), z_scale, w_scale,
-                out_dtype=gate_up.dtype, fast_accum=False, emulate=emulate, role="grad_input", layers=2,
+                out_dtype=gate_up.dtype, fast_accum=False, emulate=emulate, role="grad_input", parts=ctx.parts,
             )  # fmt: skip
         if ctx.inner:
             both = float8_gemm(
                 z_columns, x.t(), z_scale, x_scale,
-                out_dtype=ctx.dtypes[0], fast_accum=False, emulate=emulate, role="grad_weight", layers=2,
+                out_dtype=ctx.dtypes[0], fast_accum=False, emulate=emulate, role="grad_weight", parts=ctx.parts,
             )  # fmt: skip
             grad_gate, grad_up = both.chunk(2)
         return grad_x, grad_gate, grad_up, grad_down, None, None, None, None

@@ -1,7 +1,7 @@
 """The FP8 GEMM as one custom operator, which torch.compile calls as it is, so that every call can be counted."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,13 +43,14 @@ class GemmCounts:
         """Products of one role: output, grad_input or grad_weight."""
         return sum(count for (name, *_), count in self.calls.items() if name == role)
 
-    def add(self, role: str, sizes: tuple[int, int, int], layers: int, emulated: bool) -> None:
-        """Count one GEMM of (M, N, K) that serves equal layers side by side, along the sizes of their weights' rows."""
-        split = {"output": 1, "grad_input": 2, "grad_weight": 0}[role]
-        m, n, k = (size // layers if axis == split else size for axis, size in enumerate(sizes))
-        self.calls[role, m, n, k] += layers
-        self.emulated += layers * emulated
-        self.merged += layers - 1
+    def add(self, role: str, sizes: tuple[int, int, int], parts: Sequence[int], emulated: bool) -> None:
+        """Count one GEMM of (M, N, K); ``parts`` are the rows of the weights that lie side by side in it."""
+        axis = {"output": 1, "grad_input": 2, "grad_weight": 0}[role]
+        for part in parts or (sizes[axis],):
+            m, n, k = (part if number == axis else size for number, size in enumerate(sizes))
+            self.calls[role, m, n, k] += 1
+            self.emulated += emulated
+        self.merged += max(0, len(parts) - 1)
 
 
 _active: list[GemmCounts] = []
@@ -75,10 +76,10 @@ def _run(
     fast_accum: bool,
     emulate: bool,
     role: str,
-    layers: int = 1,
+    parts: Sequence[int] = (),
 ) -> Tensor:
     for counts in _active:
-        counts.add(role, (a.shape[0], b.shape[1], a.shape[1]), layers, emulate)
+        counts.add(role, (a.shape[0], b.shape[1], a.shape[1]), parts, emulate)
     # Autocast reaches the inside of an operator, and on a CPU both ways of multiplying would run in bf16.
     with nullcontext() if a.is_cuda and not emulate else torch.autocast(a.device.type, enabled=False):
         # Rowwise kernels write bf16 only; tensorwise ones also fp32, which spares the weight gradient a pass.
@@ -100,7 +101,7 @@ def _shape(
     fast_accum: bool,
     emulate: bool,
     role: str,
-    layers: int = 1,
+    parts: Sequence[int] = (),
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
@@ -110,7 +111,7 @@ def _shape(
 _library: Any = torch.library.Library("kpt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "float8_gemm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, ScalarType out_dtype, bool fast_accum, "
-    "bool emulate, str role, int layers=1) -> Tensor",
+    "bool emulate, str role, int[] parts=[]) -> Tensor",
     tags=(torch.Tag.needs_exact_strides,),
 )
 for _key in ("CPU", "CUDA"):
@@ -128,7 +129,7 @@ def float8_gemm(
     fast_accum: bool,
     emulate: bool,
     role: str,
-    layers: int = 1,
+    parts: Sequence[int] = (),
 ) -> Tensor:
     """``(a * scale_a) @ (b * scale_b)``.
 
@@ -141,10 +142,10 @@ def float8_gemm(
         fast_accum: Accumulate in the tensor core's own precision; for the output GEMM.
         emulate: Multiply in fp32 instead of ``torch._scaled_mm``.
         role: output, grad_input or grad_weight; for the count.
-        layers: How many equal layers have their products in this one, side by side; for the count.
+        parts: Rows of the weights whose products are merged in this one, side by side; for the count.
 
     Returns:
         (M, N) in ``out_dtype``.
     """
-    result: Tensor = torch.ops.kpt.float8_gemm(a, b, scale_a, scale_b, out_dtype, fast_accum, emulate, role, layers)
+    result: Tensor = torch.ops.kpt.float8_gemm(a, b, scale_a, scale_b, out_dtype, fast_accum, emulate, role, parts)
     return result

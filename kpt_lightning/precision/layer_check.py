@@ -25,12 +25,14 @@ class Unit:
         weights: Name below the module to weight; none of them for a product of its own.
         exact: (x, *weights) to the output that it stands for.
         float8: (x, *weights) to the output, in FP8 as in the module.
+        shared: Its input goes to others in the same call, so that its gradient alone is not to be seen.
     """
 
     module: nn.Module
     weights: Mapping[str, Tensor]
     exact: Callable[..., Tensor]
     float8: Callable[..., Tensor]
+    shared: bool = False
 
 
 @dataclass(slots=True)
@@ -118,7 +120,7 @@ def _before(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, T
             seen.figures["input gradient"] = sqnr_db(exact, _some_rows(grad))
 
     def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
-        if seen.x is not None:
+        if seen.x is not None or seen.unit.shared:
             return None
         # The gradient of an alias is what this layer gives alone, where others read the same tensor.
         (alias,) = (each.view_as(each) for each in (*args, *kwargs.values()))
