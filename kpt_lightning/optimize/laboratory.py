@@ -1,6 +1,6 @@
 """What all trials of one search share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from kpt_lightning.measure.interleave import ROUNDS
 from kpt_lightning.optimize.apply import Lookup, applied
 from kpt_lightning.optimize.baseline import Baseline
 from kpt_lightning.optimize.work import Work
+from kpt_lightning.validation.reading import Expected
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class Laboratory:
         rounds: Pairs of timings in a trial.
         stepped: Candidates whose changes touch the optimizer, found as they are tried.
         rates: What ``optimizer_steps.visible_rates`` found.
+        expected: What the noise of a format does to the unchanged model, by format: four passes in eager mode each.
     """
 
     subject: Subject
@@ -36,6 +38,7 @@ class Laboratory:
     rounds: int = ROUNDS
     stepped: set[str] = field(default_factory=set)
     rates: dict[float, list[Any]] = field(default_factory=dict)
+    expected: dict[Hashable, Expected | None] = field(default_factory=dict)
 
     def state(self, changes: Sequence[Change]) -> Callable[[], AbstractContextManager[None]]:
         """The model with these changes, while entered."""

@@ -12,7 +12,7 @@ from kpt_lightning.measure.interleave import Gain, measure_gain
 from kpt_lightning.measure.saved import peak_of, saved_bytes
 from kpt_lightning.measure.statistics import values_needed
 from kpt_lightning.optimize.baseline import Baseline, evaluating
-from kpt_lightning.optimize.fewer_bits import bits_of, expect
+from kpt_lightning.optimize.fewer_bits import Bits, bits_of, expect
 from kpt_lightning.optimize.guarded import guarded
 from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.optimizer_steps import preserved_optimizer, touches_optimizer
@@ -20,7 +20,7 @@ from kpt_lightning.optimize.optimizer_trial import compare_steps
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.precision.gemm import count_gemms
 from kpt_lightning.validation.gates import Numerics, gate
-from kpt_lightning.validation.reading import distance, judge, read
+from kpt_lightning.validation.reading import Expected, distance, judge, read
 from kpt_lightning.validation.state import preserved
 
 NEGLIGIBLE = 1.005
@@ -120,13 +120,18 @@ def compare(laboratory: Laboratory, changes: Sequence[Change], numerics: Numeric
     planned = next((change for change in changes if change.candidate == "float8"), None)
     if planned is not None and not gemms.total:
         raise KptError("FP8 layers are in place and no FP8 product ran: the model runs stale compiled code")
-    expected = None
-    if numerics is Numerics.PRECISION:
-        with evaluating(subject.model, baseline.random):
-            expected = expect(subject.model, laboratory.work.loss_and_outputs, bits)
+    expected = _expected(laboratory, bits, baseline) if numerics is Numerics.PRECISION else None
     verdict = judge(distance(baseline.reading, reading), gate(numerics, dtype), baseline.rounding, expected)
     note = f"; {baseline.note}" if baseline.note else ""
     return replace(verdict, reason=verdict.reason + note)
+
+
+def _expected(laboratory: Laboratory, bits: Bits, baseline: Baseline) -> Expected | None:
+    key = (bits, baseline.random)
+    if key not in laboratory.expected:
+        with evaluating(laboratory.subject.model, baseline.random):
+            laboratory.expected[key] = expect(laboratory.subject.model, laboratory.work.loss_and_outputs, bits)
+    return laboratory.expected[key]
 
 
 def _program(laboratory: Laboratory, steps: bool, guard: ExitStack) -> Callable[[], object]:
