@@ -3,6 +3,7 @@ import subprocess
 import sys
 from typing import Any
 
+import lightning.pytorch  # noqa: F401  its import sets an environment variable, which a test may not
 import pytest
 import torch
 
