@@ -14,7 +14,7 @@ from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Rejected
 from kpt_lightning.errors import ConfigError
-from kpt_lightning.optional import LIGER, OptionalPackage
+from kpt_lightning.optional import LIGER, TRITON, OptionalPackage
 from kpt_lightning.validation.calls import ModuleCall
 from kpt_lightning.validation.gates import Numerics
 from kpt_lightning.validation.parity import compare_modules
@@ -29,7 +29,7 @@ def norm_forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
 
 
 class FusedNorm:
-    """All norms that are proved to be one of two formulas, by torch's kernel or by Liger's."""
+    """All norms that are proved to be one of two formulas, by torch's kernel, one of this package or Liger's."""
 
     name = "fused_norm"
     level = Level.CONSERVATIVE
@@ -37,7 +37,7 @@ class FusedNorm:
     turn = 40
     numerics = Numerics.ROUNDING
     features: tuple[str, ...] = ()
-    # Liger is one of two ways.
+    # Each is one of three ways.
     packages: tuple[OptionalPackage, ...] = ()
 
     def applies(self, subject: Subject) -> Sequence[Change | Rejected]:
@@ -60,6 +60,8 @@ class FusedNorm:
         """Give each norm its new code, in place. Raises ConfigError where a module does not fit."""
         if setting["backend"] == "liger":
             LIGER.require("fused_norm by Liger")
+        elif setting["backend"] == "kpt" and subject.device.type == "cuda":
+            TRITON.require("fused_norm by kernels of this package")
         modules = dict(subject.model.named_modules())
         rules: dict[str, NormRule] = {}
         for group in setting["groups"]:
@@ -76,6 +78,10 @@ class FusedNorm:
 
 
 CANDIDATE = FusedNorm()
+
+_KERNELS: dict[Backend, str] = {
+    "torch": "torch's kernel", "kpt": "kernels of this package", "liger": "Liger's Triton kernel",
+}  # fmt: skip
 
 
 def _rule(module: nn.Module, call: ModuleCall | None) -> NormRule | str:
@@ -108,20 +114,25 @@ def _proved(
     if not groups:
         return found
     count = sum(len(group["modules"]) for group in groups)
-    text = "torch's kernel" if backend == "torch" else "Liger's Triton kernel"
     setting = {"backend": backend, "groups": groups}
-    return [Change(candidate=FusedNorm.name, setting=setting, reason=f"{count} norms by {text}"), *found]
+    return [Change(candidate=FusedNorm.name, setting=setting, reason=f"{count} norms by {_KERNELS[backend]}"), *found]
 
 
 def _unfit(rule: NormRule) -> str | None:
-    if rule.backend == "liger" and (rule.kind != "rms" or rule.bias is not None):
-        return "only RMS norm without bias is taken from Liger"
+    if rule.backend != "torch" and (rule.kind != "rms" or rule.bias is not None):
+        return "only RMS norm without bias has such a kernel"
     return None
 
 
 def _backends(subject: Subject) -> list[Backend]:
-    # Liger's kernels are Triton's.
-    return ["torch", "liger"] if subject.device.type == "cuda" and LIGER.available() else ["torch"]
+    if subject.device.type != "cuda":
+        return ["torch"]
+    backends: list[Backend] = ["torch"]
+    if TRITON.available():
+        backends.append("kpt")
+    if LIGER.available():
+        backends.append("liger")
+    return backends
 
 
 def _title(names: Sequence[str], norms: Mapping[str, nn.Module]) -> str:

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from kpt_lightning.candidates.liger import liger_rms_norm
+from kpt_lightning.kernels.rms_norm import rms_norm
 from kpt_lightning.validation.attempt import Done, Failure, attempt
 from kpt_lightning.validation.calls import ModuleCall, TensorSpec
 from kpt_lightning.validation.numerics import relative_error
 
-Backend = Literal["torch", "liger"]
+Backend = Literal["torch", "liger", "kpt"]
 Kind = Literal["rms", "layer"]
 Result = Literal["input", "promoted", "weight", "float32"]
 
@@ -73,6 +74,10 @@ def fused_norm(x: Tensor, weight: Tensor, bias: Tensor | None, rule: NormRule) -
     """
     if rule.backend == "liger":
         return liger_rms_norm(x, weight, rule.eps, rule.offset).to(result_dtype(rule.result, x.dtype, weight.dtype))
+    if rule.backend == "kpt":
+        written = result_dtype(rule.result, x.dtype, weight.dtype)
+        # All in fp32, rounded once: nearer than either rule of transformers.
+        return rms_norm(x, weight, rule.eps, offset=rule.offset, casting="gemma", out_dtype=written)
     wide = torch.promote_types(x.dtype, weight.dtype)
     if rule.offset:
         # 1 + w keeps no small w in bf16.

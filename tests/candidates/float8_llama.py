@@ -30,10 +30,11 @@ def llama(**more: Any) -> nn.Module:
 
 
 def passes(model: nn.Module) -> Callable[[], Tensor]:
-    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    device = next(model.parameters()).device
+    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1)).to(device)
 
     def run() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
 
     return run
@@ -43,10 +44,11 @@ def in_float8(
     model: nn.Module, run: Callable[[], Tensor], *, recipe: str = "tensorwise", small: bool = True
 ) -> Subject:
     """The layers that ``small`` leaves out are those below 64 rows of weight: the keys and values."""
-    section = {"emulate": True, "only_where_it_pays": False, "recipe": recipe}
+    device = next(model.parameters()).device
+    section = {"emulate": device.type == "cpu", "only_where_it_pays": False, "recipe": recipe}
     config = KptConfig.build({"precision": "fp8", "float8": section})
     subject = Subject(
-        model=model, profile=detect(), config=config, device=torch.device("cpu"), compute_dtype=torch.bfloat16,
+        model=model, profile=detect(), config=config, device=device, compute_dtype=torch.bfloat16,
         calls=record_calls(model, run),
     )  # fmt: skip
     names = [

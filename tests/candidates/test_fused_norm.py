@@ -230,7 +230,7 @@ def test_a_module_called_by_name_may_still_be() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("backend", ["torch", pytest.param("liger", marks=needs_liger)])
+@pytest.mark.parametrize("backend", ["torch", "kpt", pytest.param("liger", marks=needs_liger)])
 @pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm])
 @pytest.mark.parametrize(("dtype", "autocast", "limit"), [
     (torch.float32, None, 1e-4), (torch.float32, BF16, 5e-2), (BF16, None, 5e-2),

@@ -1,6 +1,7 @@
 """The formula of a norm is found from what it computes, whatever it is called."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -184,3 +185,22 @@ def test_only_vectors_alone_look_like_a_norm(module: nn.Module, names: list[str]
 def test_a_rule_survives_json() -> None:
     rule = NormRule(kind="rms", eps=1e-6, offset=1.0, weight="weight", bias=None, result="promoted", backend="liger")
     assert NormRule(**rule.to_dict()) == rule
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("result", ["input", "promoted", "weight", "float32"])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
+def test_the_packages_own_kernel_computes_what_torchs_does(
+    offset: float, result: Any, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 48, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(48, generator=generator).to(weight_dtype).requires_grad_()
+    rule = NormRule(kind="rms", eps=1e-6, offset=offset, weight="weight", bias=None, result=result)
+    found = [fused_norm(x, weight, None, replace(rule, backend=backend)) for backend in ("torch", "kpt")]
+    assert found[0].dtype is found[1].dtype
+    limit = 1e-2 if torch.bfloat16 in (dtype, found[0].dtype) else 1e-5
+    torch.testing.assert_close(*found, rtol=limit, atol=limit)
+    seed = torch.randn(5, 48, generator=generator).to(found[0].dtype)
+    one, other = (torch.autograd.grad(each, (x, weight), seed) for each in found)
+    torch.testing.assert_close(one, other, rtol=limit, atol=limit)

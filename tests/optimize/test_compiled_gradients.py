@@ -5,9 +5,17 @@ from typing import Any
 import pytest
 import torch
 
+from kpt_lightning.candidates.compile_blocks import compile_blocks, restore_blocks
+from kpt_lightning.candidates.float8_mlp import CANDIDATE as MLP
+from kpt_lightning.candidates.float8_siblings import CANDIDATE as SIBLINGS
 from kpt_lightning.config import KptConfig
 from kpt_lightning.optimize.engine import Engine
+from kpt_lightning.precision.gemm import count_gemms
+from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.numerics import sqnr_db
+from tests.candidates.float8_llama import gradients as pass_gradients
+from tests.candidates.float8_llama import in_float8, passes
+from tests.candidates.float8_llama import llama as small_llama
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.sm90)]
 
@@ -61,3 +69,25 @@ def test_compiled_blocks_have_the_calls_loss_and_gradients_of_eager_ones(device:
     assert {
         name: sqnr_db(eager[name], compiled[name]) for name in eager if sqnr_db(eager[name], compiled[name]) < 12
     } == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_blocks_with_kernels_for_fp8_have_the_calls_loss_and_gradients_of_eager_ones(device: str) -> None:
+    torch.compiler.reset()
+    model = small_llama().to(device)
+    run = passes(model)
+    subject = in_float8(model, run)
+    for candidate in (MLP, SIBLINGS):
+        (change,) = candidate.applies(subject)
+        candidate.apply(subject, change.setting)
+        subject.calls = record_calls(model, run)
+    with count_gemms() as plain:
+        eager = pass_gradients(model, run)
+    blocks = compile_blocks(model, ["model.layers.0", "model.layers.1"], "kernels")
+    with count_gemms() as counts:
+        compiled = pass_gradients(model, run)
+    restore_blocks(blocks)
+    assert counts.calls == plain.calls
+    assert (counts.launched, counts.total) == (2 * 3 * 4, 2 * 3 * 7)
+    far = {name: value for name in eager if (value := sqnr_db(eager[name], compiled[name])) < 12}
+    assert not far
