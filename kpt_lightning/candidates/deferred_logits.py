@@ -35,7 +35,7 @@ class Operands:
         return cls(hidden, weight, bias, _versions(hidden, weight, bias))
 
     def logits(self) -> Tensor:
-        """The logits, outside autograd.
+        """The logits in the dtype of ``hidden``, outside autograd.
 
         Raises:
             RuntimeError: An operand was changed in place since.
@@ -74,7 +74,7 @@ class DeferredLogits(Tensor):
             RuntimeError: As :meth:`Operands.logits`.
         """
         if self._value is None:
-            self._value = self.operands.logits()
+            self._value = self.operands.logits().to(self.dtype)
         return self._value
 
     @classmethod
@@ -107,7 +107,9 @@ class DeferredLogits(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Below autograd: any operation finds the values."""
+        """Below autograd: any operation finds the values, but for a cast, which trainers apply to all that they see."""
+        if func is torch.ops.aten._to_copy.default and not args[0].computed and set(kwargs or {}) == {"dtype"}:
+            return _wrapped(args[0].shape, kwargs["dtype"], args[0].operands)  # type: ignore[index]
         args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.value, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
@@ -123,10 +125,18 @@ def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> DeferredLogits
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    logits: DeferredLogits = _Defer.apply(hidden, weight, bias)  # type: ignore[no-untyped-call]
-    logits.operands = Operands.of(hidden, weight, bias)
-    logits.bypassed, logits._value = False, None
+    # Made outside of _Defer, in whose forward pass the operands belong to no graph.
+    operands = Operands.of(hidden, weight, bias)
+    logits: DeferredLogits = _Defer.apply(hidden, weight, bias, operands)  # type: ignore[no-untyped-call]
     return logits
+
+
+def _wrapped(shape: Sequence[int], dtype: torch.dtype, operands: Operands) -> DeferredLogits:
+    made: DeferredLogits = Tensor._make_wrapper_subclass(
+        DeferredLogits, shape, dtype=dtype, device=operands.hidden.device
+    )  # fmt: skip
+    made.operands, made.bypassed, made._value = operands, False, None
+    return made
 
 
 # They need memory, which the tensor has none of.
@@ -145,22 +155,20 @@ class _Defer(torch.autograd.Function):
     """Gives the logits their gradient, whether they were computed or not."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> DeferredLogits:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, operands: Operands
+    ) -> DeferredLogits:  # fmt: skip
         ctx.save_for_backward(hidden, weight)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        shape = (*hidden.shape[:-1], len(weight))
-        made: DeferredLogits = Tensor._make_wrapper_subclass(
-            DeferredLogits, shape, dtype=hidden.dtype, device=hidden.device
-        )
-        return made
+        return _wrapped((*hidden.shape[:-1], len(weight)), hidden.dtype, operands)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         (grad,) = grads
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         rows = grad.reshape(-1, grad.shape[-1])
         grad_hidden, grad_weight, grad_bias = None, None, None
         if ctx.needs_input_grad[0]:
@@ -169,7 +177,7 @@ class _Defer(torch.autograd.Function):
             grad_weight = (rows.t() @ hidden.reshape(-1, hidden.shape[-1])).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(dim=0).to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias
+        return grad_hidden, grad_weight, grad_bias, None
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

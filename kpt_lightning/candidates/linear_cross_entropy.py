@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.class_swap import swap_all, swap_back, why_not_swap
-from kpt_lightning.candidates.compile_loss import decide_loss, restore_loss
+from kpt_lightning.candidates.compile_loss import restore_loss
 from kpt_lightning.candidates.deferred_logits import DeferredLogits, defer
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
@@ -35,6 +36,9 @@ from kpt_lightning.validation.state import preserved
 
 Loss = Callable[..., Tensor]
 
+# transformers keeps a replaced loss function under this name: PreTrainedModel.loss_function.setter.
+_SLOT = "_loss_function"
+
 # Where memory is the goal: GEMMs of fewer rows leave a GPU idle.
 _FEWEST_ROWS = 1024
 
@@ -47,7 +51,9 @@ _BATCH, _LENGTH = 2, 33
 
 def deferred_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """The forward function of a changed head: the logits are due where a gradient may be wanted of them."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    # A distributed weight knows best how it is multiplied.
+    distributed = isinstance(self.weight, DTensor) or isinstance(input, DTensor)
+    if distributed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(input, self.weight, self.bias)
     return defer(input, self.weight, self.bias)
 
@@ -124,7 +130,7 @@ class LinearCrossEntropy:
         verdict = decide_head(subject.model, subject.calls)
         if not verdict:
             return [Rejected(self.name, verdict.reason)]
-        setting: dict[str, Any] = {"head": verdict.subject}
+        setting: dict[str, Any] = {"head": verdict.subject, "chunk_rows": None}
         if subject.goal != "memory":
             return [Change(candidate=self.name, setting=setting, reason=verdict.reason)]
         saves = _saved_bytes(subject.calls[verdict.subject], _FEWEST_ROWS)
@@ -139,7 +145,7 @@ class LinearCrossEntropy:
         if isinstance(found, str) or found.head_name != setting["head"]:
             reason = found if isinstance(found, str) else f"the head of this model is {found.head_name!r}"
             raise ConfigError("plan.linear_cross_entropy", setting["head"], reason, "Make a new plan")
-        loss = FusedLoss(found.owner.loss_function, setting.get("chunk_rows"))
+        loss = FusedLoss(found.owner.loss_function, setting["chunk_rows"])
         heads = swap_all(subject.model, deferred_forward, {found.head_name: None}, "plan.linear_cross_entropy")
         found.owner.loss_function = loss
         return found.owner, heads
@@ -170,7 +176,7 @@ def decide_head(model: nn.Module, calls: Mapping[str, ModuleCall]) -> Decision:
     if reason:
         return Rejected(found.head_name, reason)
     return Accepted(
-        found.head_name, f"{found.owner.loss_type} of {type(found.owner).__name__} from chunks of rows of logits"
+        found.head_name, f"head and loss of {type(found.owner).__name__} as one, from chunks of rows of logits"
     )
 
 
@@ -185,19 +191,27 @@ class _Parts:
 
 
 def _parts(model: nn.Module) -> _Parts | str:
-    """The parts, or why there are none that can be changed."""
-    if not (verdict := decide_loss(model)):
-        return verdict.reason
+    """Those of the outermost causal language model, or why there are none that can be changed."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         slot = getattr(type(module), "loss_function", None)
-        if isinstance(slot, property) and slot.fset is not None and getattr(module, "loss_type", None):
-            head = module.get_output_embeddings()
-            names = [each for each, candidate in modules.items() if candidate is head]
-            if not names:
-                return f"{type(module).__name__} names no output head among its modules"
-            return _why_not_head(head) or _Parts(name, module, names[0], head)
-    raise AssertionError("decide_loss found one")
+        if not isinstance(slot, property) or slot.fset is None:
+            continue
+        # Models without an output head raise here, or have no such method.
+        asked = attempt(partial(_output_head, module))
+        if isinstance(asked, Failure) or (head := asked.value) is None:
+            continue
+        if _SLOT in vars(module):
+            return f"the loss function of {name or type(module).__name__!r} was replaced already"
+        names = [each for each, candidate in modules.items() if candidate is head]
+        if not names:
+            return f"the output head that {type(module).__name__} names is none of its modules"
+        return _why_not_head(head) or _Parts(name, module, names[0], head)
+    return "no module with a transformers loss_function and an output head; a loss of your own runs as it is"
+
+
+def _output_head(module: Any) -> Any:
+    return module.get_output_embeddings()
 
 
 def _why_not_head(head: nn.Module) -> str | None:
@@ -265,7 +279,7 @@ def _why_not_reached(model: nn.Module, found: _Parts, call: ModuleCall) -> str |
     if isinstance(seen, Failure):
         return f"the model fails on its recorded call: {seen.text}"
     if not seen.value:
-        return "the model is called without labels: its loss function is not used"
+        return "the model does not call its loss function: it is given no labels, or has a loss of its own"
     logits = seen.value[0]
     if not isinstance(logits, DeferredLogits) or not logits.bypassed:
         return "the model changes the logits between head and loss"

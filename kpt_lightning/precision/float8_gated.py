@@ -67,7 +67,7 @@ class _Gated(torch.autograd.Function):
             x_rows, w_rows.t(), x_scale, w_scale,
             out_dtype=x.dtype, fast_accum=True, emulate=settings.emulate, role="output", parts=parts,
         )  # fmt: skip
-        h_rows, h_columns, h_scale = gated_quantize(gate_up, activation, E4M3)
+        h_rows, h_columns, h_scale = gated_quantize(gate_up, activation, E4M3, columns=outer)
         d_rows, d_columns, d_scale = quantize(down, E4M3)
         ctx.save_for_backward(
             x_columns, x_scale, w_columns, w_scale, gate_up, h_columns, h_scale, d_columns, d_scale,
@@ -101,7 +101,7 @@ class _Gated(torch.autograd.Function):
             g_rows, d.t(), g_scale, d_scale,
             out_dtype=gate_up.dtype, fast_accum=False, emulate=emulate, role="grad_input",
         )  # fmt: skip
-        z_rows, z_columns, z_scale = gated_backward_quantize(grad_h, gate_up, ctx.activation, dtype)
+        z_rows, z_columns, z_scale = gated_backward_quantize(grad_h, gate_up, ctx.activation, dtype, columns=ctx.inner)
         grad_x, grad_gate, grad_up = None, None, None
         if ctx.needs_input_grad[0]:
             grad_x = float8_gemm(

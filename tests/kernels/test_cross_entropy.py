@@ -1,6 +1,10 @@
 """Cross entropy of rows of logits: the kernels against float64, and the operators under PyTorch's own checks."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,6 +278,36 @@ def test_the_operators_pass_the_checks_of_pytorch_and_stay_whole_in_compiled_cod
     for one, other in zip(plain, compiled, strict=True):
         assert torch.equal(one, other)
     assert plain[-1].any()
+
+
+COMPILED = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kpt_lightning.kernels import cross_entropy_triton as kernels
+
+TYPES = dict(logits="*bf16", labels="*i64", loss="*fp32", logsumexp="*fp32", grad="*bf16", grad_rows="*fp8e5",
+             grad_columns="*fp8e5")
+CASES = [
+    (kernels._rows_kernel, dict(CLASSES=50257, COLUMNS=1024, STAGES=2)),
+    (kernels._backward_kernel, dict(COLUMNS=1024)),
+    (kernels._backward_quantize_kernel, dict(LARGEST=57344.0, WITH_COLUMNS=True, ROWS=32, COLUMNS=32)),
+]
+for kernel, constants in CASES:
+    names = kernel.arg_names
+    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    source = ASTSource(kernel, types, constexprs={(names.index(name),): each for name, each in constants.items()})
+    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+def test_the_kernels_compile_for_hopper_where_there_is_none(tmp_path: Path) -> None:
+    """The interpreter lets pass what the compiler does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

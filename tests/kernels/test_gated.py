@@ -114,7 +114,7 @@ def assert_right(got: tuple[Tensor, ...], wanted: Tensor, dtype: torch.dtype) ->
     # Where every element is the largest, fp32's own error is all there is.
     wanted_db = min(sqnr_db(wanted, best[0].double() * best[2].double()), 100)
     assert sqnr_db(wanted, rows.double() * scale.double()) > wanted_db - 0.5
-    assert (bits(rows) != bits(best[0])).float().mean() <= 0.02
+    assert (rows.float() != best[0].float()).float().mean() <= 0.02
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -196,17 +196,11 @@ def test_any_magnitude_of_the_input_gives_the_exact_result_rounded(device: str, 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gates_far_from_zero_pass_or_block_exactly(device: str, activation: str) -> None:
-    gate = torch.tensor([[-3e38, -1e20, -1e13, -200.0, -100.0, 0.0, 100.0, 200.0, 1e4, 3e4]], device=device)
+    gate = torch.tensor([[-3e38, -1e20, -1e13, -200.0, -100.0, 0.0, 100.0, 200.0, 300.0, 400.0]], device=device)
     gate_up, grad = torch.cat([gate, torch.ones_like(gate)], dim=1), torch.ones_like(gate)
-    rows, _, scale = backward(grad, gate_up, activation, E4M3)
-    of_gate = rows[:, :10].float() * scale
-    # The scale is set by the largest gate: half a gradient of one is below it, and so all come out as zero or one.
-    value = forward(gate_up, activation, E4M3)[0].float()
-    assert value.isfinite().all()
-    assert of_gate.isfinite().all()
-    assert torch.equal(value[0, :6], torch.zeros(6, device=device))
-    smooth = gated_gradient(grad, gate_up, activation)[:, :10]
-    torch.testing.assert_close(smooth, torch.tensor([[0.0] * 5 + [0.5] + [1.0] * 4], device=device))
+    value, slope = gate.clamp(min=0), torch.tensor([[0.0] * 5 + [0.5] + [1.0] * 4], device=device)
+    assert_right(forward(gate_up, activation, E5M2), value.double(), E5M2)
+    assert_right(backward(grad, gate_up, activation, E5M2), torch.cat([slope, value], dim=1).double(), E5M2)
 
 
 @numpy_warns

@@ -1,0 +1,250 @@
+"""Speed of our own kernels against the copy rate of the same GPU and against torch.compile, numbers checked first.
+
+    python benchmarks/bench_kernels.py --out results/                 # every kernel, every launch configuration
+    python benchmarks/bench_kernels.py --only gated --sizes 1b        # no files
+
+Bytes are what a kernel must move: each read, as often as its method needs it, and each write. L2 is flushed before each
+run. A new kernel is a function that yields a ``Case`` per size, registered in ``KERNELS``.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from results_table import Run, environment, markdown, versions, write_dated
+from torch import Tensor
+
+from kpt_lightning.kernels.gated import gated_gradient, gated_value
+from kpt_lightning.kernels.quantize import cast_both
+from kpt_lightning.validation.numerics import sqnr_db
+
+TOKENS = 16384
+SIZES = {"1b": (2048, 8192), "8b": (4096, 14336)}
+"""Hidden and MLP width of Llama-3.2-1B and Llama-3.1-8B."""
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LEAST_DB = {E4M3: 25.0, E5M2: 19.0}
+"""Of normal data, or a product of it, rounded once to FP8 with the right scale; below it a kernel is wrong."""
+
+WARM_UPS, RUNS = 10, 50
+FLUSH_BYTES = 256 << 20
+HEAD_START_CYCLES = 100_000_000
+"""About 50 ms in which the GPU waits, so that no launch is timed that the host was late for."""
+
+COLUMNS = (
+    "kernel", "size", "launch", "SQNR, dB", "ms: median", "10 to 90 %", "MB", "TB/s", "of the copy rate",
+    "each kernel, us",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one size.
+
+    Attributes:
+        size: Shown in the table.
+        inputs: Given to every function below.
+        launches: Name of a launch configuration -> the kernels' launch function with it.
+        reference: Plain PyTorch of the same arguments; torch.compile of it is the baseline.
+        moved: Bytes read and written.
+        check: Result -> SQNR in dB, or any figure of likeness; raises SystemExit where the result is wrong.
+    """
+
+    size: str
+    inputs: tuple[Any, ...]
+    launches: dict[str, Callable[..., Any]]
+    reference: Callable[..., Any]
+    moved: int
+    check: Callable[[Any], float]
+
+
+def quantize_cases(sizes: list[str]) -> Iterator[Case]:
+    from kpt_lightning.kernels import quantize_triton
+
+    def launch(x: Tensor, config: Any) -> Any:
+        return quantize_triton.quantize([x], E4M3, 1, True, True, config=config)
+
+    for name in sizes:
+        for width in (*SIZES[name], 2 * SIZES[name][1]):
+            x = normal(TOKENS, width)
+            yield float8_case(f"{name}: {TOKENS} x {width}", (x,), launch, quantize_triton.CONFIG, lambda x: x, E4M3)
+
+
+def gated_cases(sizes: list[str], *, backward: bool) -> Iterator[Case]:
+    from kpt_lightning.kernels import gated_triton as kernels
+
+    launch, exact, first, dtype = (
+        (kernels.gated_backward_quantize, gated_gradient, kernels.BACKWARD_CONFIG, E5M2) if backward
+        else (kernels.gated_quantize, gated_value, kernels.FORWARD_CONFIG, E4M3)
+    )  # fmt: skip
+    launch, exact = partial(launch, activation="silu", dtype=dtype, columns=True), partial(exact, activation="silu")
+    for name in sizes:
+        width = SIZES[name][1]
+        inputs = (*([normal(TOKENS, width)] if backward else []), normal(TOKENS, 2 * width))
+        yield float8_case(f"{name}: {TOKENS} x (2 x {width})", inputs, launch, first, exact, dtype)
+
+
+def float8_case(
+    size: str, inputs: tuple[Tensor, ...], launch: Callable[..., Any], first: Any, exact: Callable[..., Tensor],
+    dtype: torch.dtype,
+) -> Case:  # fmt: skip
+    """A kernel that reads its inputs twice, and writes ``exact`` of them in FP8, in both layouts."""
+
+    def reference(*inputs: Tensor) -> Any:
+        return cast_both(exact(*inputs), dtype)
+
+    launches = {label: partial(launch, config=config) for label, config in launch_grid(first).items()}
+    written = exact(*(x[:1] for x in inputs)).numel() * TOKENS
+    moved = 2 * sum(x.nbytes for x in inputs) + 2 * written
+    return Case(size, inputs, launches, reference, moved, lambda result: check_float8(exact(*inputs), dtype, result))
+
+
+KERNELS: dict[str, Callable[[list[str]], Iterator[Case]]] = {
+    "quantize": quantize_cases,
+    "gated": partial(gated_cases, backward=False),
+    "gated_backward": partial(gated_cases, backward=True),
+}
+
+
+def launch_grid(first: Any) -> dict[str, Any]:
+    """The default and what differs from it in one thing, or in the tile of one kernel, by name."""
+    tiles = [
+        (128, 128, 8),
+        (64, 128, 8),
+        (64, 64, 4),
+        (64, 64, 8),
+        (128, 64, 4),
+        (128, 64, 8),
+        (256, 64, 8),
+        (32, 128, 4),
+    ]
+    changes: list[dict[str, Any]] = [{}, {"last_first": False}]
+    changes += [{"cast_rows": rows, "cast_columns": columns, "cast_warps": warps} for rows, columns, warps in tiles]
+    changes += [{"amax_rows": first.amax_rows * 2}, {"amax_rows": max(1, first.amax_rows // 2)}]
+    changes += [{"amax_columns": columns} for columns in (512, 2048)] + [{"amax_warps": warps} for warps in (4, 16)]
+    changes += [{"programs_per_sm": count} for count in (2, 6, 8)]
+    grid: dict[Any, str] = {}
+    for change in changes:
+        label = ", ".join(f"{name}={value}" for name, value in change.items()) or "default"
+        grid.setdefault(replace(first, **change), label)
+    return {label: config for config, label in grid.items()}
+
+
+def normal(*shape: int) -> Tensor:
+    torch.manual_seed(sum(shape))
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def check_float8(exact: Tensor, dtype: torch.dtype, result: tuple[Tensor, Tensor, Tensor]) -> float:
+    """SQNR of both layouts."""
+    rows, columns, scale = result
+    if not torch.equal(rows.view(torch.uint8).t(), columns.view(torch.uint8)):
+        raise SystemExit("the transposed layout is not the transpose of the rows")
+    figure = sqnr_db(exact, rows.float() * scale)
+    if not figure >= LEAST_DB[dtype]:
+        raise SystemExit(f"SQNR {figure:.1f} dB, at least {LEAST_DB[dtype]} expected: the kernel is wrong")
+    return figure
+
+
+def timed(call: Callable[[], Any]) -> list[float]:
+    """Milliseconds of each run, sorted, on the GPU's clock with a flushed L2."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for _ in range(WARM_UPS):
+        call()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    for start, end in marks:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in marks)
+
+
+def each_kernel(call: Callable[[], Any], runs: int = 5) -> dict[str, float]:
+    """Microseconds of each kernel of a call, by torch's profiler."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(runs):
+            flush.zero_()
+            call()
+        torch.cuda.synchronize()
+    found = {event.key: event.device_time_total / runs for event in profile.key_averages()}
+    return {name: time for name, time in found.items() if "elementwise" not in name.lower() and time >= 1}
+
+
+def copy_rate() -> float:
+    """Bytes per second, read and written, of a clone of 1 GB."""
+    x = torch.zeros(1 << 29, dtype=torch.bfloat16, device="cuda")
+    return 2 * x.nbytes / statistics.median(timed(x.clone)) * 1e3
+
+
+def measure(kernel: str, case: Case, rate: float) -> Iterator[Run]:
+    """A run for each launch configuration, and one for the compiled reference."""
+    from triton.runtime.errors import OutOfResources
+
+    torch._dynamo.reset()
+    compiled = torch.compile(case.reference, dynamic=False)
+    for label, function in {**case.launches, "torch.compile": compiled}.items():
+        call = partial(function, *case.inputs)
+        run: Run = {"date": date.today().isoformat(), "kernel": kernel, "size": case.size, "launch": label}
+        try:
+            run["sqnr_db"] = case.check(call())
+        except OutOfResources as error:
+            yield run | {"error": str(error)[:200]}
+            continue
+        times = timed(call)
+        speed = case.moved / statistics.median(times) * 1e3
+        yield run | {
+            "ms": statistics.median(times), "all_ms": times, "moved": case.moved, "bytes_per_s": speed,
+            "of_copy_rate": speed / rate, "copy_rate": rate, "each_kernel_us": each_kernel(call),
+        }  # fmt: skip
+
+
+def row(run: Run) -> list[str]:
+    head = [run["kernel"], run["size"], run["launch"]]
+    if "error" in run:
+        return [*head, run["error"], *[""] * (len(COLUMNS) - 4)]
+    times = run["all_ms"]
+    parts = ", ".join(f"{name.strip('_')[:24]} {time:.0f}" for name, time in run["each_kernel_us"].items())
+    return [
+        *head, f"{run['sqnr_db']:.1f}", f"{run['ms']:.4f}",
+        f"{times[len(times) // 10]:.4f} to {times[len(times) * 9 // 10]:.4f}", f"{run['moved'] / 1e6:.0f}",
+        f"{run['bytes_per_s'] / 1e12:.2f}", f"{run['of_copy_rate']:.0%}", parts,
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="NAME")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--default-launch", action="store_true", help="no other launch configurations")
+    parser.add_argument("--out", type=Path, help="folder of the dated table and JSON")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise SystemExit("bench_kernels.py needs an NVIDIA GPU with FP8 units (compute capability 8.9 or newer)")
+    where, rate, runs = environment(), copy_rate(), []
+    print(f"copy rate {rate / 1e12:.2f} TB/s, read and written", *COLUMNS, sep=" | ", flush=True)
+    for kernel in options.only:
+        for case in KERNELS[kernel](options.sizes):
+            if options.default_launch:
+                case = replace(case, launches={"default": case.launches["default"]})
+            for run in measure(kernel, case, rate):
+                runs.append(run | {"environment": where})
+                print(" | ".join(row(run)), flush=True)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        title = f"# Own kernels: {where['device']}, {runs[0]['date']}\n\nCopy rate {rate / 1e12:.2f} TB/s. "
+        text = f"{title}{versions(where)}.\n\n{markdown(COLUMNS, [row(run) for run in runs])}"
+        print(write_dated(options.out, "kernels", where["device"], runs, text))
+
+
+if __name__ == "__main__":
+    main()

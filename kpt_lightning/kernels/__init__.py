@@ -1,0 +1,1 @@
+"""Own kernels for NVIDIA GPUs, each an operator with a plain PyTorch reference that runs on a CPU."""
