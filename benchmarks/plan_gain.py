@@ -61,16 +61,20 @@ def measure(case: Case, level: str, repeats: int, max_seconds: float) -> dict[st
     # As another run reads it from its file.
     plan = Plan.from_dict(json.loads(json.dumps(found.to_dict())))
 
+    with_optimizer = any(registry.candidate(change.candidate).stage is Stage.OPTIMIZER for change in plan.changes)
+    step = make_step(case, optimizer if with_optimizer else None)
+
     @contextmanager
     def planned() -> Iterator[None]:
         auto_optimize(*arguments, plan=plan)
         try:
+            # The first step is looked at and the second held against the plan, once in a training run.
+            for _ in range(2):
+                step()
             yield
         finally:
             restore(case.model)
 
-    with_optimizer = any(registry.candidate(change.candidate).stage is Stage.OPTIMIZER for change in plan.changes)
-    step = make_step(case, optimizer if with_optimizer else None)
     with preserved_step(case, optimizer):
         seconds = plain_seconds(step)
         rounds = SLOW_ROUNDS if seconds > SLOW_SECONDS else ROUNDS

@@ -86,7 +86,7 @@ class Float8Mlp:
         least = gate(Numerics.PRECISION, subject.compute_dtype).layer_db
         assert least is not None
         units = {
-            name: _unit(module, module.kpt_settings)  # type: ignore[arg-type]
+            name: _unit(module, module.kpt_settings)
             for name, module in subject.model.named_modules()
             if isinstance(getattr(module, "kpt_settings", None), GatedRule) and _in_float8(module)
         }

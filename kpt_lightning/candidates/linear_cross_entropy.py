@@ -27,6 +27,7 @@ from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.kernels.linear_cross_entropy import linear_cross_entropy
 from kpt_lightning.optional import TRITON, OptionalPackage
+from kpt_lightning.precision.float8_cross_entropy import float8_linear_cross_entropy
 from kpt_lightning.validation.attempt import Failure, attempt
 from kpt_lightning.validation.calls import ModuleCall
 from kpt_lightning.validation.draw import draw, foreign_argument
@@ -65,10 +66,12 @@ class FusedLoss:
     Attributes:
         original: What was there; called for logits that are computed already.
         chunk_rows: As in ``linear_cross_entropy``.
+        float8: Arguments of ``float8_linear_cross_entropy``, which then computes it; None for the dtype of the model.
     """
 
     original: Loss
     chunk_rows: int | None = None
+    float8: Mapping[str, Any] | None = None
 
     def __call__(
         self,
@@ -95,17 +98,17 @@ class FusedLoss:
         operands = logits.operands
         logits.bypassed = True
         # Autocast's dtype is that of the hidden states already.
-        with torch.autocast(operands.hidden.device.type, enabled=False):
-            return linear_cross_entropy(
-                operands.hidden.reshape(-1, operands.hidden.shape[-1]),
-                operands.weight,
-                shifted.reshape(-1).to(operands.hidden.device),
-                operands.bias,
-                ignore_index=ignore_index,
-                reduction="mean" if num_items_in_batch is None else "sum",
-                num_items=num_items_in_batch,
-                chunk_rows=self.chunk_rows,
-            )
+        rows = operands.hidden.reshape(-1, operands.hidden.shape[-1])
+        wanted = shifted.reshape(-1).to(rows.device)
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index, "reduction": "mean" if num_items_in_batch is None else "sum",
+            "num_items": num_items_in_batch, "chunk_rows": self.chunk_rows,
+        }  # fmt: skip
+        with torch.autocast(rows.device.type, enabled=False):
+            if self.float8 is not None:
+                options |= self.float8
+                return float8_linear_cross_entropy(rows, operands.weight, wanted, **options)
+            return linear_cross_entropy(rows, operands.weight, wanted, operands.bias, **options)
 
 
 class LinearCrossEntropy:
@@ -141,23 +144,46 @@ class LinearCrossEntropy:
 
     def apply(self, subject: Subject, setting: Mapping[str, Any]) -> tuple[Any, list[nn.Module]]:
         """Change head and loss function, in place. Raises ConfigError where they are not as they were planned."""
-        found = _parts(subject.model)
-        if isinstance(found, str) or found.head_name != setting["head"]:
-            reason = found if isinstance(found, str) else f"the head of this model is {found.head_name!r}"
-            raise ConfigError("plan.linear_cross_entropy", setting["head"], reason, "Make a new plan")
-        loss = FusedLoss(found.owner.loss_function, setting["chunk_rows"])
-        heads = swap_all(subject.model, deferred_forward, {found.head_name: None}, "plan.linear_cross_entropy")
-        found.owner.loss_function = loss
-        return found.owner, heads
+        return join(subject.model, setting["head"], f"plan.{self.name}", chunk_rows=setting["chunk_rows"])
 
     def undo(self, subject: Subject, applied: tuple[Any, list[nn.Module]]) -> None:
         """Restore both."""
-        owner, heads = applied
-        restore_loss(owner)
-        swap_back(heads)
+        part(applied)
 
 
 CANDIDATE = LinearCrossEntropy()
+
+
+def join(model: nn.Module, head: str, field: str, **options: Any) -> tuple[Any, list[nn.Module]]:
+    """Make head and loss function one.
+
+    Args:
+        model: That holds them.
+        head: Name of the head.
+        field: Where the name comes from, for the message.
+        **options: Of :class:`FusedLoss`.
+
+    Returns:
+        For :func:`part`.
+
+    Raises:
+        ConfigError: The model has another head, or one that stays as it is.
+    """
+    found = _parts(model)
+    if isinstance(found, str) or found.head_name != head:
+        reason = found if isinstance(found, str) else f"the head of this model is {found.head_name!r}"
+        raise ConfigError(field, head, reason, "Make a new plan")
+    loss = FusedLoss(found.owner.loss_function, **options)
+    heads = swap_all(model, deferred_forward, {found.head_name: None}, field)
+    found.owner.loss_function = loss
+    return found.owner, heads
+
+
+def part(joined: tuple[Any, list[nn.Module]]) -> None:
+    """Undo :func:`join`."""
+    owner, heads = joined
+    restore_loss(owner)
+    swap_back(heads)
 
 
 def decide_head(model: nn.Module, calls: Mapping[str, ModuleCall]) -> Decision:

@@ -36,6 +36,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "float8_siblings": {"groups": list[list[str]]},
     "fused_mlp": {"groups": list[_Gated]},
     "fused_norm": {"backend": str, "groups": list[_Norms]},
+    "float8_cross_entropy": {"head": str, "grad_weight": str},
+    "linear_cross_entropy": {"head": str, "chunk_rows": int | None},
     "low_bit_optimizer": {"storage": str},
     "merged_linear": {"groups": list[list[str]]},
     "sdpa_attention": {"modules": list[str]},
