@@ -1,11 +1,10 @@
 """Awkward models, batches and loaders under the strategy: each trains right or gives one clear error."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -13,54 +12,27 @@ from torch.utils.data import DataLoader
 from kpt_lightning import KptStrategy
 from kpt_lightning.errors import ConfigError, VerificationError
 from kpt_lightning.precision.float8_linear import Float8Linear
+from tests.strategies.awkward import (
+    EMULATED,
+    FP8,
+    QUIET,
+    Blocks,
+    Frozen,
+    Late,
+    Manual,
+    Net,
+    Shared,
+    Tied,
+    ZeroSize,
+    batches,
+    fit,
+)
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-    "enable_model_summary": False, "max_epochs": 1, "devices": 1,
-}  # fmt: skip
-EMULATED = {"float8": {"emulate": True, "only_where_it_pays": False}}
-FP8 = {"config": EMULATED, "precision": "fp8"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),
     pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many workers"),
 ]
-
-
-class Net(LightningModule):
-    """Base of the models here; ``loss`` is what each defines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.build()
-        self.losses: list[float] = []
-        self.kinds: set[str] = set()
-
-    def build(self) -> None:
-        self.net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
-
-    def loss(self, batch: Any) -> Tensor:
-        return self.net(batch).square().mean()
-
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        self.kinds |= {type(module).__name__ for module in self.modules() if isinstance(module, nn.Linear)}
-        loss = self.loss(batch)
-        self.losses.append(float(loss.detach()))
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05)
-
-
-def batches(count: int = 4) -> list[Tensor]:
-    """The same batch again and again: its loss must fall."""
-    return [torch.randn(8, 32, generator=torch.Generator().manual_seed(0)) for _ in range(count)]
-
-
-def fit(module: LightningModule, data: Any, **strategy: Any) -> Trainer:
-    trainer = Trainer(strategy=KptStrategy(**(strategy or FP8)), **QUIET)
-    trainer.fit(module, DataLoader(data, batch_size=None))
-    return trainer
 
 
 def assert_trains_in_fp8(module: Any, data: Any) -> Trainer:
@@ -71,15 +43,6 @@ def assert_trains_in_fp8(module: Any, data: Any) -> Trainer:
     return trainer
 
 
-class Tied(Net):
-    def build(self) -> None:
-        self.embed, self.mix, self.readout = nn.Embedding(32, 32), nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
-        self.readout.weight = self.embed.weight
-
-    def loss(self, batch: Any) -> Tensor:
-        return F.cross_entropy(self.readout(self.mix(self.embed(batch))).flatten(0, 1), batch.flatten())
-
-
 def test_tied_embedding_and_integer_inputs_train_and_stay_tied() -> None:
     module = Tied()
     tokens = [torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(0))] * 8
@@ -88,27 +51,10 @@ def test_tied_embedding_and_integer_inputs_train_and_stay_tied() -> None:
     assert "tied to 'embed'" in trainer.strategy.plan.explain("readout")[0].reason
 
 
-class Shared(Net):
-    def build(self) -> None:
-        self.first = nn.Linear(32, 32)
-        self.second = self.first
-        self.third = nn.Linear(32, 32)
-        self.third.weight = self.first.weight
-
-    def loss(self, batch: Any) -> Tensor:
-        return self.third(self.second(self.first(batch))).square().mean()
-
-
 def test_a_shared_module_and_a_shared_weight_train() -> None:
     module = Shared()
     assert_trains_in_fp8(module, batches(8))
     assert module.third.weight is module.first.weight
-
-
-class Frozen(Net):
-    def build(self) -> None:
-        super().build()
-        self.net[0].requires_grad_(False)
 
 
 def test_frozen_weights_stay_frozen() -> None:
@@ -119,13 +65,6 @@ def test_frozen_weights_stay_frozen() -> None:
     assert module.net[0].weight.grad is None
     # The first layer is frozen and its input needs no gradient: one GEMM of its three runs.
     assert "output 2, grad_input 0, grad_weight 1" in trainer.strategy.plan.explain("fp8 calls")[0].reason
-
-
-class ZeroSize(Net):
-    def build(self) -> None:
-        super().build()
-        self.nothing = nn.Parameter(torch.zeros(0))
-        self.empty = nn.Linear(32, 0)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -139,15 +78,6 @@ def test_meta_parameters_are_refused_by_name() -> None:
         module = Net()
     with pytest.raises(ConfigError, match=r"model='net\.0\.weight': is on the meta device.*configure_model"):
         fit(module, batches())
-
-
-class Late(Net):
-    def build(self) -> None:
-        self.net: Any = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            Net.build(self)
 
 
 def test_weights_made_in_configure_model_are_converted() -> None:
@@ -173,19 +103,6 @@ def test_any_batch_structure_trains(wrap: Any, unwrap: Any, precision: str) -> N
     module = Structured()
     fit(module, [wrap(x) for x in batches(8)], precision=precision, config=EMULATED if precision == "fp8" else None)
     assert module.losses[-1] < module.losses[0]
-
-
-class Manual(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, index: int) -> None:
-        loss = super().training_step(batch, index)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
 
 
 def test_manual_optimization_trains_and_is_proved() -> None:
@@ -304,16 +221,6 @@ def test_an_empty_loader_trains_nothing_and_leaves_the_model_as_it_was() -> None
     assert type(module.net[0]) is nn.Linear
 
 
-class Blocks(Net):
-    def build(self) -> None:
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(2))
-
-    def loss(self, batch: Any) -> Tensor:
-        for layer in self.layers:
-            batch = layer(batch)
-        return batch.square().mean()
-
-
 def test_blocks_are_compiled_when_asked_for_and_restored_after_an_exception() -> None:
     class Breaks(Blocks):
         def training_step(self, batch: Any, index: int) -> Tensor:
@@ -354,51 +261,3 @@ def test_torch_compile_by_the_user_runs_the_converted_layers(what: str) -> None:
     trainer = fit(torch.compile(module) if what == "module" else module, batches(8))
     assert "output 2" in trainer.strategy.plan.explain("fp8 calls")[0].reason
     assert set(module.state_dict()) == keys
-
-
-@pytest.fixture
-def no_process_group() -> Iterator[None]:
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("no_process_group")
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("model", [Tied, Shared, Frozen, ZeroSize, Late, Blocks, Manual])
-def test_awkward_models_train_sharded(model: type[Net]) -> None:
-    module = model()
-    data = [torch.randint(0, 32, (4, 8))] * 8 if model is Tied else batches(8)
-    fit(module, data, config=EMULATED, precision="fp8", parallel="fsdp2")
-    assert "Float8Linear" in module.kinds
-    assert module.losses[-1] < module.losses[0]
-
-
-class ManualOwner(Manual):
-    """Owns a parameter itself."""
-
-    def build(self) -> None:
-        super().build()
-        self.scale = nn.Parameter(torch.ones(32))
-
-
-@pytest.mark.usefixtures("no_process_group")
-def test_manual_optimization_refuses_to_shard_what_would_get_no_gradient() -> None:
-    with pytest.raises(ConfigError, match=r"each parameter must belong to one submodule; 'scale' has 0"):
-        fit(ManualOwner(), batches(), config=EMULATED, precision="fp8", parallel="fsdp2")
-
-
-class Meta(Net):
-    """The weights get their data after sharding."""
-
-    def __init__(self) -> None:
-        with torch.device("meta"):
-            super().__init__()
-
-
-@pytest.mark.usefixtures("no_process_group")
-@pytest.mark.filterwarnings("ignore:DTensor random operators", "ignore:No seed found")
-def test_meta_weights_are_made_after_sharding() -> None:
-    module = Meta()
-    fit(module, batches(8), config=EMULATED, precision="fp8", parallel="fsdp2")
-    assert module.losses[-1] < module.losses[0]
