@@ -4,33 +4,21 @@
     python benchmarks/bench_kernels.py --only gated --sizes 1b        # no files
 
 Bytes are what a kernel must move: each read, as often as its method needs it, and each write. L2 is flushed before each
-run. A new kernel is a function that yields a ``Case`` per size, registered in ``KERNELS``.
+run. A new kernel is a function in kernel_cases.py that yields a ``Case`` per size, registered in ``KERNELS``.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_cases import KERNELS, SIZES, Case
 from results_table import Run, environment, markdown, versions, write_dated
-from torch import Tensor
-
-from kpt_lightning.kernels.gated import gated_gradient, gated_value
-from kpt_lightning.kernels.quantize import cast_both
-from kpt_lightning.validation.numerics import sqnr_db
-
-TOKENS = 16384
-SIZES = {"1b": (2048, 8192), "8b": (4096, 14336)}
-"""Hidden and MLP width of Llama-3.2-1B and Llama-3.1-8B."""
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LEAST_DB = {E4M3: 25.0, E5M2: 19.0}
-"""Of normal data, or a product of it, rounded once to FP8 with the right scale; below it a kernel is wrong."""
 
 WARM_UPS, RUNS = 10, 50
 FLUSH_BYTES = 256 << 20
@@ -41,115 +29,6 @@ COLUMNS = (
     "kernel", "size", "launch", "SQNR, dB", "ms: median", "10 to 90 %", "MB", "TB/s", "of the copy rate",
     "each kernel, us",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one size.
-
-    Attributes:
-        size: Shown in the table.
-        inputs: Given to every function below.
-        launches: Name of a launch configuration -> the kernels' launch function with it.
-        reference: Plain PyTorch of the same arguments; torch.compile of it is the baseline.
-        moved: Bytes read and written.
-        check: Result -> SQNR in dB, or any figure of likeness; raises SystemExit where the result is wrong.
-    """
-
-    size: str
-    inputs: tuple[Any, ...]
-    launches: dict[str, Callable[..., Any]]
-    reference: Callable[..., Any]
-    moved: int
-    check: Callable[[Any], float]
-
-
-def quantize_cases(sizes: list[str]) -> Iterator[Case]:
-    from kpt_lightning.kernels import quantize_triton
-
-    def launch(x: Tensor, config: Any) -> Any:
-        return quantize_triton.quantize([x], E4M3, 1, True, True, config=config)
-
-    for name in sizes:
-        for width in (*SIZES[name], 2 * SIZES[name][1]):
-            x = normal(TOKENS, width)
-            yield float8_case(f"{name}: {TOKENS} x {width}", (x,), launch, quantize_triton.CONFIG, lambda x: x, E4M3)
-
-
-def gated_cases(sizes: list[str], *, backward: bool) -> Iterator[Case]:
-    from kpt_lightning.kernels import gated_triton as kernels
-
-    launch, exact, first, dtype = (
-        (kernels.gated_backward_quantize, gated_gradient, kernels.BACKWARD_CONFIG, E5M2) if backward
-        else (kernels.gated_quantize, gated_value, kernels.FORWARD_CONFIG, E4M3)
-    )  # fmt: skip
-    launch, exact = partial(launch, activation="silu", dtype=dtype, columns=True), partial(exact, activation="silu")
-    for name in sizes:
-        width = SIZES[name][1]
-        inputs = (*([normal(TOKENS, width)] if backward else []), normal(TOKENS, 2 * width))
-        yield float8_case(f"{name}: {TOKENS} x (2 x {width})", inputs, launch, first, exact, dtype)
-
-
-def float8_case(
-    size: str, inputs: tuple[Tensor, ...], launch: Callable[..., Any], first: Any, exact: Callable[..., Tensor],
-    dtype: torch.dtype,
-) -> Case:  # fmt: skip
-    """A kernel that reads its inputs twice, and writes ``exact`` of them in FP8, in both layouts."""
-
-    def reference(*inputs: Tensor) -> Any:
-        return cast_both(exact(*inputs), dtype)
-
-    launches = {label: partial(launch, config=config) for label, config in launch_grid(first).items()}
-    written = exact(*(x[:1] for x in inputs)).numel() * TOKENS
-    moved = 2 * sum(x.nbytes for x in inputs) + 2 * written
-    return Case(size, inputs, launches, reference, moved, lambda result: check_float8(exact(*inputs), dtype, result))
-
-
-KERNELS: dict[str, Callable[[list[str]], Iterator[Case]]] = {
-    "quantize": quantize_cases,
-    "gated": partial(gated_cases, backward=False),
-    "gated_backward": partial(gated_cases, backward=True),
-}
-
-
-def launch_grid(first: Any) -> dict[str, Any]:
-    """The default and what differs from it in one thing, or in the tile of one kernel, by name."""
-    tiles = [
-        (128, 128, 8),
-        (64, 128, 8),
-        (64, 64, 4),
-        (64, 64, 8),
-        (128, 64, 4),
-        (128, 64, 8),
-        (256, 64, 8),
-        (32, 128, 4),
-    ]
-    changes: list[dict[str, Any]] = [{}, {"last_first": False}]
-    changes += [{"cast_rows": rows, "cast_columns": columns, "cast_warps": warps} for rows, columns, warps in tiles]
-    changes += [{"amax_rows": first.amax_rows * 2}, {"amax_rows": max(1, first.amax_rows // 2)}]
-    changes += [{"amax_columns": columns} for columns in (512, 2048)] + [{"amax_warps": warps} for warps in (4, 16)]
-    changes += [{"programs_per_sm": count} for count in (2, 6, 8)]
-    grid: dict[Any, str] = {}
-    for change in changes:
-        label = ", ".join(f"{name}={value}" for name, value in change.items()) or "default"
-        grid.setdefault(replace(first, **change), label)
-    return {label: config for config, label in grid.items()}
-
-
-def normal(*shape: int) -> Tensor:
-    torch.manual_seed(sum(shape))
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def check_float8(exact: Tensor, dtype: torch.dtype, result: tuple[Tensor, Tensor, Tensor]) -> float:
-    """SQNR of both layouts."""
-    rows, columns, scale = result
-    if not torch.equal(rows.view(torch.uint8).t(), columns.view(torch.uint8)):
-        raise SystemExit("the transposed layout is not the transpose of the rows")
-    figure = sqnr_db(exact, rows.float() * scale)
-    if not figure >= LEAST_DB[dtype]:
-        raise SystemExit(f"SQNR {figure:.1f} dB, at least {LEAST_DB[dtype]} expected: the kernel is wrong")
-    return figure
 
 
 def timed(call: Callable[[], Any]) -> list[float]:

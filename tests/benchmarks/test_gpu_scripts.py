@@ -43,3 +43,27 @@ def test_the_table_of_loss_runs_says_how_far_each_is_behind_bf16() -> None:
     published = stem.with_suffix(".md").read_text().splitlines()
     assert [line for line in lines if line.startswith("|")] == [line for line in published if line.startswith("|")]
     assert "| 0.25% | tensorwise | 80 | 10.794, 11.286, 11.502 | 12.19 | +1.9% |" in lines
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what is said where there is no GPU")
+def test_kernels_are_not_timed_without_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "bench_kernels.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU with FP8 units" in done.stderr
+
+
+def test_candidates_are_stacked_and_each_says_what_it_adds(run_script: Any, tmp_path: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("emulates FP8, which a GPU need not")
+    told = run_script(
+        "candidate_stack.py", "--shape", "tiny", "--batch", "2", "--length", "32", "--steps", "3",
+        "--stack", "float8", "float8_mlp", "channels_last",
+    )  # fmt: skip
+    assert "| float8_mlp |" in told
+    assert "no 2-D convolution" in told
+    (path,) = tmp_path.glob("candidate_stack_*.json")
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["entry"] for run in runs] == ["plain", "float8", "float8_mlp", "channels_last"]
+    assert [len(run.get("step_ms", ())) for run in runs] == [3, 3, 3, 0]
