@@ -4,7 +4,8 @@
 
 Each entry of ``--stack`` (candidates joined by +) is applied on top of those before, each by its first proposal, and a
 whole step of the Llama of the other benchmarks (forward, backward, fused AdamW, fp32 weights under bf16 autocast) is
-timed in a plain loop. Nothing is judged here, the losses are shown: gates are the search's.
+timed in a plain loop. Nothing is judged here, the losses are shown: gates are the search's. ``name:{json}`` applies
+that setting without asking the candidate.
 """
 
 import argparse
@@ -55,7 +56,8 @@ def main() -> None:
             run |= measure(subject, kept, batches)
         except Exception as error:  # noqa: BLE001  one entry of a benchmark may fail, and the next is measured without it
             run["error"] = f"{type(error).__name__}: {error}"
-            kept = [change for change in kept if change.candidate not in entry.split("+")]
+            names = [name.partition(":")[0] for name in entry.split("+")]
+            kept = [change for change in kept if change.candidate not in names]
         run["seconds"] = time.perf_counter() - begin
         runs.append(run)
         print({key: value for key, value in run.items() if key not in ("step_ms", "losses")}, flush=True)
@@ -88,6 +90,10 @@ def proposals(subject: Subject, kept: Sequence[Change], names: Sequence[str], ba
         eager = [change for change in (*kept, *found) if not change.candidate.startswith("compile")]
         with applied(subject, eager), preserved(subject.model):
             subject.calls = record_calls(subject.model, lambda: loss_of(subject, batch))
+        name, _, setting = name.partition(":")
+        if setting:
+            found.append(Change(candidate=name, setting=json.loads(setting), reason="as given"))
+            continue
         with applied(subject, [*kept, *found]), preserved(subject.model):
             offered = registry.candidate(name).applies(subject)
         changes = [each for each in offered if isinstance(each, Change)]

@@ -117,7 +117,7 @@ class LinearCrossEntropy:
     name = "linear_cross_entropy"
     level = Level.CONSERVATIVE
     stage = Stage.MODULES
-    # Before compile_loss, which then finds the loss function taken: compiling it would win less, and not both can be.
+    # Before compile_loss, which then finds the loss function taken: not both can be.
     turn = 9
     numerics = Numerics.ROUNDING
     features: tuple[str, ...] = ()
@@ -125,21 +125,19 @@ class LinearCrossEntropy:
     packages: tuple[OptionalPackage, ...] = ()
 
     def applies(self, subject: Subject) -> Sequence[Change | Rejected]:
-        """One change where the fused loss is proved to be the model's own."""
-        if subject.device.type != "cuda" and subject.goal != "memory":
-            return [Rejected(self.name, f"it saves memory on {subject.device}, not time; goal='memory' would try it")]
+        """One change where memory is wanted and the fused loss is proved to be the model's own."""
+        if subject.goal != "memory":
+            # On a GPU it takes the place of compile_loss, and which of them is faster is not measured.
+            return [Rejected(self.name, "it saves memory; goal='memory' would try it")]
         if subject.device.type == "cuda" and not (installed := TRITON.available()):
             return [Rejected(self.name, installed.reason)]
         verdict = decide_head(subject.model, subject.calls)
         if not verdict:
             return [Rejected(self.name, verdict.reason)]
-        setting: dict[str, Any] = {"head": verdict.subject, "chunk_rows": None}
-        if subject.goal != "memory":
-            return [Change(candidate=self.name, setting=setting, reason=verdict.reason)]
         saves = _saved_bytes(subject.calls[verdict.subject], _FEWEST_ROWS)
         if saves <= 0:
             return [Rejected(self.name, f"the logits are too few for chunks of {_FEWEST_ROWS} rows to save memory")]
-        setting["chunk_rows"] = _FEWEST_ROWS
+        setting = {"head": verdict.subject, "chunk_rows": _FEWEST_ROWS}
         return [Change(candidate=self.name, setting=setting, reason=verdict.reason, saves_bytes=saves)]
 
     def apply(self, subject: Subject, setting: Mapping[str, Any]) -> tuple[Any, list[nn.Module]]:
