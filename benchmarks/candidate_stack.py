@@ -4,12 +4,13 @@
 
 Each entry of ``--stack`` (candidates joined by +) is applied on top of those before, each by its first proposal, and a
 whole step of the Llama of the other benchmarks (forward, backward, fused AdamW, fp32 weights under bf16 autocast) is
-timed in a plain loop. Nothing is judged here, the losses are shown: gates are the search's. ``name:{json}`` applies
-that setting without asking the candidate.
+timed in a plain loop. Nothing is judged here, the losses are shown: gates are the search's. ``name@1`` takes the second
+proposal, and ``name:{json}`` applies that setting without asking the candidate.
 """
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def main() -> None:
             run |= measure(subject, kept, batches)
         except Exception as error:  # noqa: BLE001  one entry of a benchmark may fail, and the next is measured without it
             run["error"] = f"{type(error).__name__}: {error}"
-            names = [name.partition(":")[0] for name in entry.split("+")]
+            names = [re.split("[:@]", name)[0] for name in entry.split("+")]
             kept = [change for change in kept if change.candidate not in names]
         run["seconds"] = time.perf_counter() - begin
         runs.append(run)
@@ -94,13 +95,14 @@ def proposals(subject: Subject, kept: Sequence[Change], names: Sequence[str], ba
         if setting:
             found.append(Change(candidate=name, setting=json.loads(setting), reason="as given"))
             continue
+        name, _, number = name.partition("@")
         with applied(subject, [*kept, *found]), preserved(subject.model):
             offered = registry.candidate(name).applies(subject)
         changes = [each for each in offered if isinstance(each, Change)]
-        if not changes:
+        if len(changes) <= int(number or 0):
             raise ValueError(f"{name}: {'; '.join(each.reason for each in offered)}")
-        print(name, changes[0].reason, flush=True)
-        found.append(changes[0])
+        print(name, changes[int(number or 0)].reason, flush=True)
+        found.append(changes[int(number or 0)])
     return found
 
 
