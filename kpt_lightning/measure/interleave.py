@@ -47,6 +47,8 @@ class Gain:
         rounds: How many were run.
         before: Median time of a step in the first state, in seconds.
         after: Median time in the second.
+        ratios: Logarithm of the first time over the second in each round.
+        times: Seconds of a step in both states, round by round.
     """
 
     ratio: float
@@ -57,6 +59,8 @@ class Gain:
     rounds: int
     before: float
     after: float
+    ratios: tuple[float, ...] = ()
+    times: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
 
 State = Callable[[], AbstractContextManager[object]]
@@ -71,6 +75,7 @@ def measure_gain(
     rounds: int = ROUNDS,
     deadline: float | None = None,
     give_up: bool = True,
+    earlier: Gain | None = None,
 ) -> Gain:
     """Time ``run`` in both states, in turns.
 
@@ -82,9 +87,10 @@ def measure_gain(
         rounds: How many pairs.
         give_up: Stop after a few rounds that were all lost: enough for a refusal, too few for a figure.
         deadline: Value of ``time.monotonic()`` at which to stop; at least one round is run.
+        earlier: A measurement of the same states, whose rounds are counted too.
     """
-    ratios: list[float] = []
-    times: tuple[list[float], list[float]] = ([], [])
+    ratios = [] if earlier is None else list(earlier.ratios)
+    times: tuple[list[float], list[float]] = ([], []) if earlier is None else tuple(map(list, earlier.times))  # type: ignore[assignment]
     steps = _steps_a_visit(first, run, device), _steps_a_visit(second, run, device)
     for number in range(rounds):
         order = (0, 1) if number % 2 == 0 else (1, 0)
@@ -112,6 +118,7 @@ def gain_of(ratios: Sequence[float], times: tuple[Sequence[float], Sequence[floa
         ratio=math.exp(center), low=math.exp(interval.low), high=_exp(interval.high),
         expect_low=math.exp(center - width), expect_high=_exp(center + width), rounds=len(ratios),
         before=median(times[0]) or 0.0, after=median(times[1]) or 0.0,
+        ratios=tuple(ratios), times=(tuple(times[0]), tuple(times[1])),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -234,3 +234,15 @@ def test_an_error_in_a_step_leaves_the_state(program: Program, error: type[BaseE
     with pytest.raises(error):
         measure_gain(lambda: program.enter(0), lambda: program.enter(1), fails, device=CPU)
     assert program.state is None
+
+
+def test_rounds_of_an_earlier_measurement_count_too() -> None:
+    visits = []
+    first = measure_gain(nullcontext, nullcontext, lambda: visits.append(1), device=CPU, rounds=3, give_up=False)
+    both = measure_gain(
+        nullcontext, nullcontext, lambda: visits.append(1), device=CPU, rounds=4, give_up=False, earlier=first
+    )
+    assert (first.rounds, both.rounds) == (3, 7)
+    assert both.ratios[:3] == first.ratios
+    assert both == gain_of(both.ratios, both.times)
+    assert [len(times) for times in both.times] == [7, 7]
