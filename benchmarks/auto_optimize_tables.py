@@ -105,7 +105,7 @@ def null_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         gains = [trial["gain"] for trial in run["trials"] if trial["gain"] is not None]
-        full = [trial for trial in run["trials"] if trial["gain"] is not None and trial["low"] > 0]
+        full = [trial for trial in run["trials"] if trial["gain"] is not None and trial["low"] is not None]
         rows.append([
             run["title"], f"{run['step_ms']:.2f}", str(run["count"]), f"{len(run['passed'])}", f"{len(run['kept'])}",
             _range(gains), str(run["count"] - len(full)), f"{run['seconds']:.0f}",
