@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +26,8 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 200), (5, 64), (9, 131), (4, 300)]
 # A cast to fp8 keeps 2 or 3 bits of mantissa: about 19 dB and 25 dB for the many sizes of a softmax.
 LEAST_DB = {E5M2: 17.0, E4M3: 22.0}
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="Triton's interpreter is on only where there is no GPU"
-        ),
-    ),
-    pytest.param("cuda", marks=pytest.mark.sm89),
-]
 # NumPy, which the interpreter computes with, warns of what IEEE arithmetic defines.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every byte of fresh memory is 0x7f, which is NaN in every dtype here: what is not written is seen."""
-    empty: Callable[..., Tensor] = torch.empty
-
-    def filled(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        made.untyped_storage().fill_(0x7F)
-        return made
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def config(rows: int = 4, columns: int = 64) -> Any:

@@ -1,6 +1,5 @@
 """Gated activations cast to FP8: values and gradients against fp64 autograd, both layouts, and the operators."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,36 +22,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 200), (70, 35), (64, 32), (100, 5)]
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="Triton's interpreter is on only where there is no GPU"
-        ),
-    ),
-    pytest.param("cuda", marks=pytest.mark.sm89),
-]
 on_either = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.sm89)])
 # NumPy, which the interpreter computes with, warns of what IEEE arithmetic defines.
 numpy_warns = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every byte of fresh memory is 0x7f, which is NaN in every dtype here: what is not written is seen."""
-    empty: Callable[..., Tensor] = torch.empty
-
-    def filled(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        made.untyped_storage().fill_(0x7F)
-        return made
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def small_config(**changes: Any) -> Any:

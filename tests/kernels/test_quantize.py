@@ -1,6 +1,5 @@
 """The cast to FP8 in both layouts: the kernels against the reference, and the operator under PyTorch's own checks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,35 +15,8 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 200), (130, 70), (64, 128), (257, 5), (1, 300), (300, 1)]
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="Triton's interpreter is on only where there is no GPU"
-        ),
-    ),
-    pytest.param("cuda", marks=pytest.mark.sm89),
-]
 # NumPy, which the interpreter computes with, warns of what IEEE arithmetic defines.
 numpy_warns = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every byte of fresh memory is 0x7f, which is NaN in every dtype here: what is not written is seen."""
-    empty: Callable[..., Tensor] = torch.empty
-
-    def filled(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        made.untyped_storage().fill_(0x7F)
-        return made
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def by_kernel(parts: list[Tensor], dtype: torch.dtype, dim: int = 1, rows: bool = True, columns: bool = True, **more):
