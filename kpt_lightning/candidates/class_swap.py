@@ -37,6 +37,11 @@ def why_not_swap(module: nn.Module) -> str | None:
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at the module's calls, or changes what it gives: other code would pass that by."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def swapped_copy(module: nn.Module, forward: Forward, settings: object) -> nn.Module:
     """A second object with the changed class, over the very Parameters and children of ``module``."""
     twin = _twin(module)

@@ -16,7 +16,7 @@ from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.validation.gates import Numerics
 
 # transformers keeps a replaced loss function under this name: PreTrainedModel.loss_function.setter.
-_SLOT = "_loss_function"
+LOSS_SLOT = "_loss_function"
 
 
 def decide_loss(model: nn.Module) -> Decision:
@@ -25,7 +25,7 @@ def decide_loss(model: nn.Module) -> Decision:
     if found is None:
         return Rejected("compile loss", "no module with a transformers loss_function; a loss of your own runs as it is")
     name, owner = found
-    if _SLOT in vars(owner):
+    if LOSS_SLOT in vars(owner):
         return Rejected("compile loss", f"the loss function of {name or type(owner).__name__!r} was replaced already")
     return Accepted("compile loss", f"{owner.loss_type} of {type(owner).__name__}: softmax and loss in one kernel")
 
@@ -45,7 +45,7 @@ def compile_loss(model: nn.Module, key: str = "") -> Any:
 
 def restore_loss(owner: nn.Module) -> None:
     """Undo :func:`compile_loss`."""
-    vars(owner).pop(_SLOT, None)
+    vars(owner).pop(LOSS_SLOT, None)
 
 
 class CompileLoss:

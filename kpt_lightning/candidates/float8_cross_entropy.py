@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpt_lightning.candidates.candidate import Change, Stage
+from kpt_lightning.candidates.compile_loss import LOSS_SLOT
 from kpt_lightning.candidates.linear_cross_entropy import FusedLoss, decide_head, join, part
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
@@ -104,7 +105,7 @@ def _why_not(subject: Subject) -> str | None:
 def _joined(model: nn.Module) -> tuple[Any, Any]:
     """The module whose loss function is fused in FP8, and its head."""
     for module in model.modules():
-        loss = vars(module).get("_loss_function")
+        loss = vars(module).get(LOSS_SLOT)
         if isinstance(loss, FusedLoss) and loss.float8 is not None:
             owner: Any = module
             return owner, owner.get_output_embeddings()

@@ -1,15 +1,14 @@
 """Gated MLPs whose three FP8 layers become one: kernels write the FP8 values that the next GEMM reads."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from kpt_lightning.candidates.candidate import Change, Stage
-from kpt_lightning.candidates.class_swap import swap_all, swap_back, swapped_copy
-from kpt_lightning.candidates.fused_mlp import gated_rule
-from kpt_lightning.candidates.gated_rule import ACTIVATIONS, GatedRule, plain_twin, projections
+from kpt_lightning.candidates.class_swap import swap_all, swap_back
+from kpt_lightning.candidates.fused_mlp import gated_rule, why_not_alike
+from kpt_lightning.candidates.gated_rule import ACTIVATIONS, GatedRule, projections
 from kpt_lightning.candidates.likeness import alike
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
@@ -19,9 +18,7 @@ from kpt_lightning.optional import TRITON, OptionalPackage
 from kpt_lightning.precision import float8_gated
 from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear
 from kpt_lightning.precision.layer_check import Unit, check_layers
-from kpt_lightning.validation.calls import ModuleCall
 from kpt_lightning.validation.gates import Numerics, gate
-from kpt_lightning.validation.parity import compare_modules
 
 
 def float8_gated_forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -56,7 +53,10 @@ class Float8Mlp:
         for names in alike(modules, subject.calls):
             module, call = modules[names[0]], subject.calls.get(names[0])
             rule = gated_rule(module, call)
-            reason = rule if isinstance(rule, str) else _why_not(module, rule) or _why_not_alike(module, rule, call)
+            reason = (
+                rule if isinstance(rule, str)
+                else _why_not(module, rule) or why_not_alike(module, rule, call, _plain_forward)
+            )  # fmt: skip
             if isinstance(rule, str) or reason:
                 title = f"{len(names)} {type(module).__name__} such as {names[0]!r}"
                 found.append(Rejected(self.name, f"{title}: {reason}"))
@@ -129,17 +129,6 @@ def _why_not(module: nn.Module, rule: GatedRule) -> str | None:
         return "one of gate and up is frozen"
     odd = [size for layer in layers for size in layer.weight.shape if size % ALIGNMENT]
     return f"a size of {odd[0]}, which is no multiple of {ALIGNMENT}" if odd else None
-
-
-def _why_not_alike(module: nn.Module, rule: GatedRule, call: ModuleCall | None) -> str | None:
-    """Compare the formula in plain layers with the module, in both modes: dropout and alike behave differently."""
-    assert call is not None, "a rule is found from a call"
-    twin = plain_twin(module)
-    plain = swapped_copy(twin, _plain_forward, rule)
-    for each in (call, replace(call, training=not call.training)):
-        if not (verdict := compare_modules(twin, plain, each)):
-            return verdict.reason
-    return None
 
 
 def _plain_forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpt_lightning.candidates.candidate import Change, Stage
-from kpt_lightning.candidates.class_swap import swap_all, swap_back, why_not_swap
+from kpt_lightning.candidates.class_swap import has_hooks, swap_all, swap_back, why_not_swap
 from kpt_lightning.candidates.merged_forward import Seat
 from kpt_lightning.candidates.replay import forward_pass
 from kpt_lightning.candidates.sibling_inputs import siblings_with_one_input
@@ -133,7 +133,7 @@ def _why_not(group: Sequence[str], modules: Mapping[str, nn.Module]) -> str | No
             return f"{name} is no linear layer of torch, plain or in FP8"
         if reason := why_not_swap(layer):
             return f"{name} stays: {reason}"
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        if has_hooks(layer):
             return f"{name} has hooks"
         if odd := [size for size in layer.weight.shape if size % ALIGNMENT]:
             return f"{name} has a size of {odd[0]}, which is no multiple of {ALIGNMENT}"

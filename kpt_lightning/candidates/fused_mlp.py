@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kpt_lightning.candidates.candidate import Change, Stage
-from kpt_lightning.candidates.class_swap import swap_all, swap_back, swapped_copy, why_not_swap
+from kpt_lightning.candidates.class_swap import Forward, swap_all, swap_back, swapped_copy, why_not_swap
 from kpt_lightning.candidates.gated_rule import GatedRule, find_gated, plain_twin, projections
 from kpt_lightning.candidates.liger import liger_gelu_mul, liger_silu_mul
 from kpt_lightning.candidates.likeness import alike
@@ -93,11 +93,13 @@ def gated_rule(module: nn.Module, call: ModuleCall | None) -> GatedRule | str:
     return why_not_swap(module) or _hooked(module) or find_gated(module, call)
 
 
-def why_not_alike(module: nn.Module, rule: GatedRule, call: ModuleCall | None) -> str | None:
-    """Compare the fused form with the module. Returns why they differ, or None."""
+def why_not_alike(
+    module: nn.Module, rule: GatedRule, call: ModuleCall | None, forward: Forward = gated_forward
+) -> str | None:
+    """Compare the form that ``forward`` gives it with the module. Returns why they differ, or None."""
     assert call is not None, "a rule is found from a call"
     twin = plain_twin(module)
-    fused = swapped_copy(twin, gated_forward, rule)
+    fused = swapped_copy(twin, forward, rule)
     # In the other mode too: dropout and alike behave differently there.
     for each in (call, replace(call, training=not call.training)):
         if not (verdict := compare_modules(twin, fused, each)):

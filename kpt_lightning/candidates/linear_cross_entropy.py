@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from kpt_lightning.candidates.candidate import Change, Stage
-from kpt_lightning.candidates.class_swap import swap_all, swap_back, why_not_swap
-from kpt_lightning.candidates.compile_loss import restore_loss
+from kpt_lightning.candidates.class_swap import has_hooks, swap_all, swap_back, why_not_swap
+from kpt_lightning.candidates.compile_loss import LOSS_SLOT, restore_loss
 from kpt_lightning.candidates.deferred_logits import DeferredLogits, defer
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
@@ -36,9 +36,6 @@ from kpt_lightning.validation.numerics import relative_error
 from kpt_lightning.validation.state import preserved
 
 Loss = Callable[..., Tensor]
-
-# transformers keeps a replaced loss function under this name: PreTrainedModel.loss_function.setter.
-_SLOT = "_loss_function"
 
 # Where memory is the goal: GEMMs of fewer rows leave a GPU idle.
 _FEWEST_ROWS = 1024
@@ -225,7 +222,7 @@ def _parts(model: nn.Module) -> _Parts | str:
         asked = attempt(partial(_output_head, module))
         if isinstance(asked, Failure) or (head := asked.value) is None:
             continue
-        if _SLOT in vars(module):
+        if LOSS_SLOT in vars(module):
             return f"the loss function of {name or type(module).__name__!r} was replaced already"
         names = [each for each, candidate in modules.items() if candidate is head]
         if not names:
@@ -243,7 +240,7 @@ def _why_not_head(head: nn.Module) -> str | None:
         return f"the head: {reason}"
     if type(head) is not nn.Linear:
         return f"the head is {type(head).__name__}, not a plain nn.Linear"
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+    if has_hooks(head):
         return "a hook is on the head"
     if torch.nn.utils.parametrize.is_parametrized(head):
         return "the head's weight is computed by a parametrization"

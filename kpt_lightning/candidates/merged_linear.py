@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from kpt_lightning.candidates.candidate import Change, Stage
-from kpt_lightning.candidates.class_swap import swap_all, swap_back, why_not_swap
+from kpt_lightning.candidates.class_swap import has_hooks, swap_all, swap_back, why_not_swap
 from kpt_lightning.candidates.merged_forward import Seat, merged_forward
 from kpt_lightning.candidates.replay import forward_pass
 from kpt_lightning.candidates.sibling_inputs import siblings_with_one_input
@@ -179,7 +179,7 @@ def _why_not_one(layer: nn.Module | None) -> str | None:
         return f"stays: {reason}"
     if type(layer) is not nn.Linear:
         return f"is a {type(layer).__name__}, not nn.Linear; its own behaviour would be lost"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if has_hooks(layer):
         return "has hooks, which may change its weight or its output"
     for parameter in (layer.weight, layer.bias):
         if parameter is not None and (type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor):
