@@ -4,8 +4,9 @@
 
 Each entry of ``--stack`` (candidates joined by +) is applied on top of those before, each by its first proposal, and a
 whole step of the Llama of the other benchmarks (forward, backward, fused AdamW, fp32 weights under bf16 autocast) is
-timed in a plain loop. Nothing is judged here, the losses are shown: gates are the search's. ``name@1`` takes the second
-proposal, and ``name:{json}`` applies that setting without asking the candidate.
+timed in a plain loop; on a GPU, three more are profiled: its kernels, and the time when none ran. Nothing is judged
+here, the losses are shown: gates are the search's. ``name@1`` takes the second proposal, and ``name:{json}`` applies
+that setting without asking the candidate.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from lightning.pytorch import seed_everything
 from llama import SHAPES, CausalLM, random_loader
 from results_table import environment, markdown, versions, write_dated
+from step_gaps import kernel_intervals, read_gaps
 
 from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.candidate import Change
@@ -35,6 +37,7 @@ from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.state import preserved
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROFILED = 3
 
 
 def main() -> None:
@@ -61,7 +64,7 @@ def main() -> None:
             kept = [change for change in kept if change.candidate not in names]
         run["seconds"] = time.perf_counter() - begin
         runs.append(run)
-        print({key: value for key, value in run.items() if key not in ("step_ms", "losses")}, flush=True)
+        print({key: value for key, value in run.items() if key not in ("step_ms", "losses", "profile")}, flush=True)
     where = environment()
     for run in runs:
         run["environment"] = where
@@ -121,19 +124,33 @@ def measure(subject: Subject, kept: Sequence[Change], batches: Sequence[torch.Te
             if number == 3 and DEVICE.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             times.append(_clock())
-            loss = loss_of(subject, batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
+            losses.append(step(subject, optimizer, batch))
         times.append(_clock())
+        profile = profiled(subject, optimizer, batches[:PROFILED]) if DEVICE.type == "cuda" else None
     milliseconds = [_between(first, second) for first, second in pairwise(times)]
     steady = milliseconds[len(milliseconds) // 3 :]
     return {
         "step_ms": milliseconds, "median_ms": statistics.median(steady), "least_ms": min(steady),
         "most_ms": max(steady), "n": len(steady), "losses": [float(loss) for loss in losses],
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else None, "profile": profile,
     }  # fmt: skip
+
+
+def step(subject: Subject, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> torch.Tensor:
+    loss = loss_of(subject, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def profiled(subject: Subject, optimizer: torch.optim.Optimizer, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for batch in batches:
+            step(subject, optimizer, batch)
+        torch.cuda.synchronize()
+    return read_gaps(kernel_intervals(profiler), len(batches))
 
 
 def _clock() -> Any:
@@ -156,19 +173,21 @@ def table(runs: Sequence[dict[str, Any]], what: str) -> str:
     plain, before, rows = runs[0].get("median_ms"), None, []
     for run in runs:
         if (median := run.get("median_ms")) is None:
-            rows.append([run["entry"], run["error"].splitlines()[0][:160], "", "", "", "", ""])
+            rows.append([run["entry"], run["error"].splitlines()[0][:160], "", "", "", "", "", ""])
             continue
         peak = "not measured" if run["peak_gb"] is None else f"{run['peak_gb']:.1f}"
         spread = f"{run['least_ms']:.1f} to {run['most_ms']:.1f} (n = {run['n']})"
         gain = "" if before is None else f"{before / median:.3f}x"
         against = "" if plain is None else f"{plain / median:.3f}x"
         losses = ", ".join(f"{run['losses'][at]:.3f}" for at in (0, -1))
-        rows.append([run["entry"], f"{median:.1f}", spread, gain, against, peak, losses])
+        idle = "not measured" if run["profile"] is None else f"{run['profile']['idle_ms']:.1f}"
+        rows.append([run["entry"], f"{median:.1f}", spread, idle, gain, against, peak, losses])
         before = median
     columns = (
         "on top of the rows above",
         "ms a step",
         "spread",
+        "of it without a kernel, profiled",
         "gain",
         "against plain",
         "peak GB",

@@ -36,11 +36,7 @@ class Trace(Callback):
             raise SystemExit(f"no step {self.first} was trained; raise --steps")
         torch.cuda.synchronize()
         self.profiler.__exit__(None, None, None)
-        self.intervals = sorted(
-            (event.time_range.start, event.time_range.end, event.name)
-            for event in self.profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("##", "Optimizer."))
-        )
+        self.intervals = kernel_intervals(self.profiler)
 
 
 def main() -> None:
@@ -54,15 +50,30 @@ def main() -> None:
     trainer, trace = make_trainer(options, module, Clock(None)), Trace(options.steps - PROFILED)
     trainer.callbacks.append(trace)
     trainer.fit(module, random_loader(vocab_size, options.batch, options.length, options.steps))
-    report = read_gaps(trace.intervals) | {"variant": options.variant, "environment": environment()}
+    report = read_gaps(trace.intervals, PROFILED) | {"variant": options.variant, "environment": environment()}
     options.out.write_text(json.dumps(report, indent=1))
     print(f"{options.variant}: {report['span_ms']:.1f} ms a step, {report['idle_ms']:.1f} ms of it idle")
     for before, after, count, total, longest in report["gaps"][:25]:
         print(f"{total:8.3f} ms {count:6.1f} x, longest {longest:.3f} ms: {before[:60]} -> {after[:60]}")
 
 
-def read_gaps(intervals: list[tuple[float, float, str]]) -> dict[str, Any]:
-    """Milliseconds a step: whole span, idle time, and (before, after, count, total, longest) of each kind of gap."""
+def kernel_intervals(profiler: Any) -> list[tuple[float, float, str]]:
+    """Begin and end in microseconds, and name, of what ran on the GPU, in order."""
+    return sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("##", "Optimizer."))
+    )
+
+
+def read_gaps(intervals: list[tuple[float, float, str]], steps: int) -> dict[str, Any]:
+    """Milliseconds a step: whole span, idle time, (before, after, count, total, longest) of each kind of gap, and
+    (kernel, count, total)."""
+    kernels: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    for start, end, name in intervals:
+        kernels[name] += (end - start) / 1e3
+        launches[name] += 1
     totals: Counter[tuple[str, str]] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
     longest: dict[tuple[str, str], float] = {}
@@ -75,9 +86,12 @@ def read_gaps(intervals: list[tuple[float, float, str]]) -> dict[str, Any]:
             longest[key] = max(gap, longest.get(key, 0.0))
         if end > covered:
             covered, last = end, name
-    gaps = [(*key, counts[key] / PROFILED, total / PROFILED, longest[key]) for key, total in totals.most_common()]
+    gaps = [(*key, counts[key] / steps, total / steps, longest[key]) for key, total in totals.most_common()]
     span = (covered - intervals[0][0]) / 1e3
-    return {"span_ms": span / PROFILED, "idle_ms": totals.total() / PROFILED, "gaps": gaps}
+    return {
+        "span_ms": span / steps, "idle_ms": totals.total() / steps, "gaps": gaps,
+        "kernels": [(name, launches[name] / steps, total / steps) for name, total in kernels.most_common()],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

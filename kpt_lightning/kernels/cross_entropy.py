@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpt_lightning.optional import TRITON
+from kpt_lightning.kernels.triton_module import triton_module
 
 IGNORED = -100
 """The label that torch.nn.functional.cross_entropy ignores by default."""
@@ -158,19 +158,15 @@ def _softmax_minus_onehot(logits: Tensor, labels: Tensor, logsumexp: Tensor, ign
 
 
 def _rows_cuda(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    TRITON.require("kpt_lightning.kernels on CUDA")
-    from kpt_lightning.kernels import cross_entropy_triton
-
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        return cross_entropy_triton.launch_rows(logits, labels, ignore_index)
+        rows: tuple[Tensor, Tensor] = triton_module("cross_entropy").launch_rows(logits, labels, ignore_index)
+    return rows
 
 
 def _backward_cuda(logits: Tensor, labels: Tensor, logsumexp: Tensor, ignore_index: int) -> Tensor:
-    TRITON.require("kpt_lightning.kernels on CUDA")
-    from kpt_lightning.kernels import cross_entropy_triton
-
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        return cross_entropy_triton.launch_backward(logits, labels, logsumexp, ignore_index)
+        grad: Tensor = triton_module("cross_entropy").launch_backward(logits, labels, logsumexp, ignore_index)
+    return grad
 
 
 def _backward_quantize_cuda(
@@ -183,13 +179,11 @@ def _backward_quantize_cuda(
     offset: int,
     ignore_index: int,
 ) -> Tensor:
-    TRITON.require("kpt_lightning.kernels on CUDA")
-    from kpt_lightning.kernels import cross_entropy_triton
-
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        return cross_entropy_triton.launch_backward_quantize(
+        grad: Tensor = triton_module("cross_entropy").launch_backward_quantize(
             logits, labels, logsumexp, dtype, width, columns, offset, ignore_index
         )
+    return grad
 
 
 def _rows_shape(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import triton  # noqa: TID253  only CUDA implementations import this module
 import triton.language as tl  # noqa: TID253
 from torch import Tensor
 
-from kpt_lightning.kernels.quantize_triton import store_both, tile_indices
+from kpt_lightning.kernels.quantize_triton import in_words, store_both, tile_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,12 @@ def _backward_kernel(
 def _backward_quantize_kernel(
     logits: tl.tensor, labels: tl.tensor, logsumexp: tl.tensor, grad_rows: tl.tensor, grad_columns: tl.tensor,
     count: tl.tensor, classes: tl.tensor, width: tl.tensor, stride: tl.tensor, columns_stride: tl.tensor,
-    offset: tl.tensor, ignore_index: tl.tensor, LARGEST: tl.constexpr, WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    ignore_index: tl.tensor, LARGEST: tl.constexpr, WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per tile, which is written as it is and transposed; no magnitude is above 1, hence the scale."""
-    row, place = tile_indices(width, False, ROWS, COLUMNS)
+    first_row, first_column = tile_start(width, False, ROWS, COLUMNS)
+    row, place = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     inside = row < count
     label = tl.load(labels + row, mask=inside, other=ignore_index)[:, None]
     known = tl.load(logsumexp + row, mask=inside, other=0.0)[:, None]
@@ -104,7 +105,7 @@ def _backward_quantize_kernel(
     value = _softmax_minus_onehot(x, known, place[None, :], label, classes, ignore_index)
     value = tl.where(real, value, 0.0)
     store_both(
-        value, LARGEST, grad_rows, grad_columns + offset, row, place, count, width, width, columns_stride,
+        value, LARGEST, grad_rows, grad_columns, first_row, first_column, count, width, width, columns_stride,
         True, WITH_COLUMNS, LARGEST,
     )  # fmt: skip
 
@@ -157,12 +158,14 @@ def launch_backward_quantize(
     rows = torch.empty((count, width), dtype=dtype, device=logits.device)
     if count:
         tiles = triton.cdiv(width, config.columns) * triton.cdiv(count, config.rows)
-        _backward_quantize_kernel[(tiles,)](
-            logits, labels, logsumexp, rows, rows if columns is None else columns,
-            count, classes, width, logits.stride(0), 0 if columns is None else columns.stride(0), offset, ignore_index,
-            LARGEST=torch.finfo(dtype).max, WITH_COLUMNS=columns is not None,
-            ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        part = rows.new_empty((0, 4)) if columns is None else columns[:, offset : offset + count]
+        with in_words(part) as memory:
+            _backward_quantize_kernel[(tiles,)](
+                logits, labels, logsumexp, rows, memory,
+                count, classes, width, logits.stride(0), memory.stride(0), ignore_index,
+                LARGEST=torch.finfo(dtype).max, WITH_COLUMNS=columns is not None,
+                ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
     return rows
 
 

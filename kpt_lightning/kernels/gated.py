@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kpt_lightning.kernels.quantize import FLOAT8, Quantized, cast_both, empty_outputs
-from kpt_lightning.optional import TRITON
+from kpt_lightning.kernels.triton_module import triton_module
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -123,21 +123,17 @@ def _run_backward_reference(
 
 
 def _run_triton(gate_up: Tensor, activation: str, dtype: torch.dtype, columns: bool) -> Quantized:
-    TRITON.require("kpt_lightning.kernels on CUDA")
-    from kpt_lightning.kernels import gated_triton
-
     with torch.cuda.device_of(gate_up):  # type: ignore[no-untyped-call]
-        return gated_triton.gated_quantize(gate_up, activation, dtype, columns)
+        result: Quantized = triton_module("gated").gated_quantize(gate_up, activation, dtype, columns)
+        return result
 
 
 def _run_backward_triton(
     grad: Tensor, gate_up: Tensor, activation: str, dtype: torch.dtype, columns: bool
 ) -> Quantized:
-    TRITON.require("kpt_lightning.kernels on CUDA")
-    from kpt_lightning.kernels import gated_triton
-
     with torch.cuda.device_of(gate_up):  # type: ignore[no-untyped-call]
-        return gated_triton.gated_backward_quantize(grad, gate_up, activation, dtype, columns)
+        result: Quantized = triton_module("gated").gated_backward_quantize(grad, gate_up, activation, dtype, columns)
+        return result
 
 
 def _shape(gate_up: Tensor, activation: str, dtype: torch.dtype, columns: bool) -> Quantized:

@@ -12,6 +12,7 @@ from kpt_lightning.kernels.quantize import Quantized, empty_outputs
 from kpt_lightning.kernels.quantize_triton import (
     INTERPRETED,
     Config,
+    in_words,
     larger,
     plan_amax,
     plan_cast,
@@ -20,7 +21,7 @@ from kpt_lightning.kernels.quantize_triton import (
     store_amax,
     store_both,
     strip_indices,
-    tile_indices,
+    tile_start,
 )
 
 # First guesses, not measured. Backward holds three inputs and two results of an element, hence the smaller tiles.
@@ -133,40 +134,52 @@ def _backward_amax_kernel(
 @triton.jit  # type: ignore[untyped-decorator]
 def _cast_kernel(
     gate_up: tl.tensor, amax: tl.tensor, rows: tl.tensor, columns: tl.tensor, inverse: tl.tensor, height: tl.tensor,
-    width: tl.tensor, stride: tl.tensor, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
-    LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    width: tl.tensor, stride: tl.tensor, columns_stride: tl.tensor, ACTIVATION: tl.constexpr,
+    COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    row, column = tile_indices(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
+    first_row, first_column = tile_start(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
+    row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < height)[:, None] & (column < width)[None, :]
     place = gate_up + row[:, None].to(tl.int64) * stride + column[None, :]
     value = _load_value(place, inside, width, ACTIVATION)
     scale = scale_from_bits(amax, LARGEST)
     if tl.program_id(0) == 0:
         tl.store(inverse, tl.div_rn(1.0, scale))
-    store_both(value, scale, rows, columns, row, column, height, width, width, height, True, COLUMNS, LARGEST)
+    store_both(
+        value, scale, rows, columns, first_row, first_column, height, width, width, columns_stride, True, COLUMNS,
+        LARGEST,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_cast_kernel(
     grad: tl.tensor, gate_up: tl.tensor, amax: tl.tensor, rows: tl.tensor, columns: tl.tensor, inverse: tl.tensor,
-    height: tl.tensor, width: tl.tensor, grad_stride: tl.tensor, stride: tl.tensor, ACTIVATION: tl.constexpr,
-    COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    height: tl.tensor, width: tl.tensor, grad_stride: tl.tensor, stride: tl.tensor, columns_stride: tl.tensor,
+    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    row, column = tile_indices(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
+    first_row, first_column = tile_start(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
+    row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < height)[:, None] & (column < width)[None, :]
-    below = row[:, None].to(tl.int64)
+    down = row[:, None].to(tl.int64)
     of_gate, of_up = _load_gradients(
-        grad + below * grad_stride + column[None, :], gate_up + below * stride + column[None, :],
+        grad + down * grad_stride + column[None, :], gate_up + down * stride + column[None, :],
         inside, width, ACTIVATION,
     )  # fmt: skip
     scale = scale_from_bits(amax, LARGEST)
     if tl.program_id(0) == 0:
         tl.store(inverse, tl.div_rn(1.0, scale))
     # Both halves lie side by side in rows, and one below the other in columns.
-    store_both(of_gate, scale, rows, columns, row, column, height, width, 2 * width, height, True, COLUMNS, LARGEST)
-    half = columns + tl.cast(width, tl.int64) * height
-    store_both(of_up, scale, rows + width, half, row, column, height, width, 2 * width, height, True, COLUMNS, LARGEST)
+    store_both(
+        of_gate, scale, rows, columns, first_row, first_column, height, width, 2 * width, columns_stride, True, COLUMNS,
+        LARGEST,
+    )  # fmt: skip
+    below = columns + tl.cast(width, tl.int64) * columns_stride
+    store_both(
+        of_up, scale, rows + width, below, first_row, first_column, height, width, 2 * width, columns_stride, True,
+        COLUMNS, LARGEST,
+    )  # fmt: skip
 
 
 def gated_quantize(
@@ -183,7 +196,11 @@ def gated_quantize(
     grid, constants = plan_amax(height, width, gate_up.device, config)
     _amax_kernel[grid](gate_up, amax, *sizes, ACTIVATION=activation, **constants)
     grid, constants = plan_cast(height, width, dtype, config)
-    _cast_kernel[grid](gate_up, amax, *written, *sizes, ACTIVATION=activation, COLUMNS=columns, **constants)
+    with in_words(written[1]) as memory:
+        _cast_kernel[grid](
+            gate_up, amax, written[0], memory, written[2], *sizes, memory.stride(0),
+            ACTIVATION=activation, COLUMNS=columns, **constants,
+        )  # fmt: skip
     return written
 
 
@@ -201,9 +218,11 @@ def gated_backward_quantize(
     grid, constants = plan_amax(height, width, gate_up.device, config)
     _backward_amax_kernel[grid](grad, gate_up, amax, *sizes, ACTIVATION=activation, **constants)
     grid, constants = plan_cast(height, width, dtype, config)
-    _backward_cast_kernel[grid](
-        grad, gate_up, amax, *written, *sizes, ACTIVATION=activation, COLUMNS=columns, **constants
-    )  # fmt: skip
+    with in_words(written[1]) as memory:
+        _backward_cast_kernel[grid](
+            grad, gate_up, amax, written[0], memory, written[2], *sizes, memory.stride(0),
+            ACTIVATION=activation, COLUMNS=columns, **constants,
+        )  # fmt: skip
     return written
 
 

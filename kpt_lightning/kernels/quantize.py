@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpt_lightning.optional import TRITON
+from kpt_lightning.kernels.triton_module import triton_module
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """What can be written."""
@@ -106,11 +106,9 @@ def _run_reference(parts: list[Tensor], dtype: torch.dtype, dim: int, rows: bool
 
 
 def _run_triton(parts: list[Tensor], dtype: torch.dtype, dim: int, rows: bool, columns: bool) -> Quantized:
-    TRITON.require("kpt_lightning.kernels on CUDA")
-    from kpt_lightning.kernels import quantize_triton
-
     with torch.cuda.device_of(parts[0]):  # type: ignore[no-untyped-call]
-        return quantize_triton.quantize(parts, dtype, dim, rows, columns)
+        result: Quantized = triton_module("quantize").quantize(parts, dtype, dim, rows, columns)
+        return result
 
 
 def _shape(parts: list[Tensor], dtype: torch.dtype, dim: int, rows: bool, columns: bool) -> Quantized:

@@ -1,6 +1,7 @@
 """Triton kernels of the cast to FP8 in both layouts, and the pieces that every kernel that writes FP8 shares."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,32 +102,77 @@ def _rounded_for_interpreter(value: tl.tensor, dtype: tl.constexpr, LARGEST: tl.
 
 @triton.jit  # type: ignore[untyped-decorator]
 def store_both(
-    value: tl.tensor, scale: tl.tensor, rows: tl.tensor, columns: tl.tensor, row: tl.tensor, column: tl.tensor,
-    height: tl.tensor, width: tl.tensor, rows_stride: tl.tensor, columns_stride: tl.tensor, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
+    value: tl.tensor, scale: tl.tensor, rows: tl.tensor, columns: tl.tensor, first_row: tl.tensor,
+    first_column: tl.tensor, height: tl.tensor, width: tl.tensor, rows_stride: tl.tensor, columns_stride: tl.tensor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Cast a tile at (row, column) of a (height, width) tensor and store it, and its transpose."""
-    written = to_float8(value * scale, rows.dtype.element_ty, LARGEST)
+    """Cast a tile at (first_row, first_column) of a (height, width) tensor and store it, and its transpose.
+
+    The transpose is written in words of four rows, into memory of :func:`in_words`.
+    """
+    dtype: tl.constexpr = rows.dtype.element_ty
     if ROWS:
+        row, column = first_row + tl.arange(0, value.shape[0]), first_column + tl.arange(0, value.shape[1])
         inside = (row < height)[:, None] & (column < width)[None, :]
-        tl.store(rows + row[:, None].to(tl.int64) * rows_stride + column[None, :], written, mask=inside)
+        place = rows + row[:, None].to(tl.int64) * rows_stride + column[None, :]
+        tl.store(place, to_float8(value * scale, dtype, LARGEST), mask=inside)
     if COLUMNS:
-        inside = (column < width)[:, None] & (row < height)[None, :]
-        place = columns + column[:, None].to(tl.int64) * columns_stride + row[None, :]
-        tl.store(place, tl.trans(written), mask=inside)
+        # In words: a tile of bytes that is stored in both layouts comes out wrong of Triton 3.6
+        # (https://github.com/triton-lang/triton/issues/11111), and takes four times the instructions.
+        words = tl.trans(_four_in_a_word(value * scale, dtype, LARGEST))
+        quarter = first_row // 4 + tl.arange(0, value.shape[0] // 4)
+        below = (quarter * 4 < height)[None, :]
+        column = first_column + 4 * tl.arange(0, value.shape[1] // 4)[:, None]
+        place = columns.to(tl.pointer_type(tl.uint32), bitcast=True) + quarter[None, :]
+        # (C / 4, R) to four times (C / 4, R / 4).
+        even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1] // 4, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        for byte in tl.static_range(4):
+            turned = (
+                ((first >> (8 * byte)) & 0xFF) | (((second >> (8 * byte)) & 0xFF) << 8)
+                | (((third >> (8 * byte)) & 0xFF) << 16) | (((fourth >> (8 * byte)) & 0xFF) << 24)
+            )  # fmt: skip
+            there = (column + byte).to(tl.int64) * (columns_stride // 4)
+            tl.store(place + there, turned, mask=(column + byte < width) & below)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def tile_indices(
+def _four_in_a_word(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
+    """(R, C) fp32 to (R, C / 4) words of four FP8 values, the first column lowest."""
+    even, odd = tl.split(tl.reshape(scaled, (scaled.shape[0], scaled.shape[1] // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    if INTERPRETED:
+        first, second = _bits(first, dtype, LARGEST), _bits(second, dtype, LARGEST)
+        third, fourth = _bits(third, dtype, LARGEST), _bits(fourth, dtype, LARGEST)
+        return first | (second << 8) | (third << 16) | (fourth << 24)
+    # An operation of its own: the compiler would take the change of layout back to the bytes.
+    NAME: tl.constexpr = "e4m3x2" if dtype == tl.float8e4nv else "e5m2x2"
+    return tl.inline_asm_elementwise(
+        "{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite." + NAME + ".f32 low, $2, $1;\n"
+        "cvt.rn.satfinite." + NAME + ".f32 high, $4, $3;\n"
+        "mov.b32 $0, {low, high};\n}",
+        "=r,r,r,r,r", [first, second, third, fourth], dtype=tl.uint32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _bits(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
+    return to_float8(scaled, dtype, LARGEST).to(tl.uint8, bitcast=True).to(tl.uint32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_start(
     width: tl.tensor, LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ) -> Any:
-    """Rows and columns of this program's tile; tiles of one row of tiles follow each other."""
+    """First row and column of this program's tile; tiles of one row of tiles follow each other."""
     tile = tl.program_id(0)
     if LAST_FIRST:
         tile = tl.num_programs(0) - 1 - tile
     across = tl.cdiv(width, BLOCK_COLUMNS)
-    row = (tile // across) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    return row, (tile % across) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return (tile // across) * BLOCK_ROWS, (tile % across) * BLOCK_COLUMNS
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -160,14 +206,16 @@ def _cast_kernel(
     COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    row, column = tile_indices(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
+    first_row, first_column = tile_start(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
+    row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < height)[:, None] & (column < width)[None, :]
     value = tl.load(x + row[:, None].to(tl.int64) * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = scale_from_bits(amax, LARGEST)
     if tl.program_id(0) == 0:
         tl.store(inverse, tl.div_rn(1.0, scale))
     store_both(
-        value, scale, rows, columns, row, column, height, width, rows_stride, columns_stride, ROWS, COLUMNS, LARGEST
+        value, scale, rows, columns, first_row, first_column, height, width, rows_stride, columns_stride, ROWS, COLUMNS,
+        LARGEST,
     )  # fmt: skip
 
 
@@ -200,9 +248,22 @@ def quantize(
         size = part.shape[dim]
         in_rows = written[0].narrow(dim, start, size) if rows else written[0]
         in_columns = written[1].narrow(1 - dim, start, size) if columns else written[1]
-        _launch_cast(part, amax, (in_rows, in_columns, written[2]), rows, columns, config)
+        with in_words(in_columns) as memory:
+            _launch_cast(part, amax, (in_rows, memory, written[2]), rows, columns, config)
         start += size
     return written
+
+
+@contextmanager
+def in_words(columns: Tensor) -> Iterator[Tensor]:
+    """Memory to write a (K, M) transposed layout to in words of four: itself where it can be, else of a copy."""
+    size = columns.shape[-1]
+    if size % 4 == 0 and (size == 0 or (columns.stride(0) % 4 == 0 and columns.data_ptr() % 4 == 0)):
+        yield columns
+        return
+    wider = torch.empty((columns.shape[0], size + -size % 4), dtype=columns.dtype, device=columns.device)
+    yield wider
+    columns.copy_(wider[:, :size])
 
 
 def plan_amax(height: int, width: int, device: torch.device, config: Config) -> tuple[tuple[int], dict[str, int]]:

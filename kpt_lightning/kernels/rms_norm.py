@@ -5,13 +5,14 @@
 https://arxiv.org/abs/1910.07467; the two casting rules are those of transformers' LlamaRMSNorm and GemmaRMSNorm.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kpt_lightning.kernels.quantize import FLOAT8, cast_both, empty_outputs
-from kpt_lightning.optional import TRITON
+from kpt_lightning.kernels.triton_module import triton_module
 
 Casting = Literal["llama", "gemma"]
 
@@ -222,11 +223,7 @@ def _result_dtype(x: torch.dtype, weight: torch.dtype, casting: Casting, wanted:
     return wanted
 
 
-def _kernels() -> Any:
-    TRITON.require("kpt_lightning.kernels on CUDA")
-    from kpt_lightning.kernels import rms_norm_triton
-
-    return rms_norm_triton
+_kernels = partial(triton_module, "rms_norm")
 
 
 def _add_reference(

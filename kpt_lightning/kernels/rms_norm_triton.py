@@ -9,11 +9,12 @@ from torch import Tensor
 
 from kpt_lightning.kernels.quantize import empty_outputs
 from kpt_lightning.kernels.quantize_triton import (
+    in_words,
     magnitude_bits,
     scale_from_bits,
     scale_of_nothing,
     store_both,
-    tile_indices,
+    tile_start,
 )
 
 
@@ -123,11 +124,13 @@ def _statistics_kernel(
 @triton.jit  # type: ignore[untyped-decorator]
 def _cast_kernel(
     x_pointer: tl.tensor, weight_pointer: tl.tensor, rstd_pointer: tl.tensor, amax: tl.tensor, y_rows: tl.tensor,
-    y_columns: tl.tensor, inverse: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, offset: tl.tensor, K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROUND_TO: tl.constexpr, LARGEST: tl.constexpr,
+    y_columns: tl.tensor, inverse: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, columns_stride: tl.tensor,
+    offset: tl.tensor, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROUND_TO: tl.constexpr,
+    LARGEST: tl.constexpr,
 ) -> None:  # fmt: skip
     # From the end, which the statistics read last and L2 may still hold.
-    row, column = tile_indices(K, True, BLOCK_ROWS, BLOCK_COLUMNS)
+    first_row, first_column = tile_start(K, True, BLOCK_ROWS, BLOCK_COLUMNS)
+    row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_COLUMNS)
     mask = (row < rows)[:, None] & (column < K)[None, :]
     scale = scale_from_bits(amax, LARGEST)
     if tl.program_id(0) == 0:
@@ -137,7 +140,9 @@ def _cast_kernel(
     rstd = tl.load(rstd_pointer + row, mask=row < rows, other=0.0)
     weight = tl.load(weight_pointer + column, mask=column < K, other=0.0).to(tl.float32) + offset
     y = _round(x * rstd[:, None], ROUND_TO) * weight[None, :]
-    store_both(y, scale, y_rows, y_columns, row, column, rows, K, K, rows, True, True, LARGEST)
+    store_both(
+        y, scale, y_rows, y_columns, first_row, first_column, rows, K, K, columns_stride, True, True, LARGEST
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -259,11 +264,12 @@ def launch_quantize(
     _statistics_kernel[(programs,)](
         x, weight, rstd, amax, rows, x.stride(0), eps, offset, K=k, ROUND_TO=round_to, **block
     )  # fmt: skip
-    _cast_kernel[(triton.cdiv(rows, cast.rows) * triton.cdiv(k, cast.columns),)](
-        x, weight, rstd, amax, y_rows, y_columns, scale, rows, x.stride(0), offset,
-        K=k, BLOCK_ROWS=cast.rows, BLOCK_COLUMNS=cast.columns, ROUND_TO=round_to, LARGEST=torch.finfo(dtype).max,
-        num_warps=cast.num_warps,
-    )  # fmt: skip
+    with in_words(y_columns) as memory:
+        _cast_kernel[(triton.cdiv(rows, cast.rows) * triton.cdiv(k, cast.columns),)](
+            x, weight, rstd, amax, y_rows, memory, scale, rows, x.stride(0), memory.stride(0), offset,
+            K=k, BLOCK_ROWS=cast.rows, BLOCK_COLUMNS=cast.columns, ROUND_TO=round_to, LARGEST=torch.finfo(dtype).max,
+            num_warps=cast.num_warps,
+        )  # fmt: skip
     return y_rows, y_columns, scale, rstd
 
 

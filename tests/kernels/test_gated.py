@@ -82,7 +82,7 @@ def assert_right(got: tuple[Tensor, ...], wanted: Tensor, dtype: torch.dtype) ->
     assert torch.equal(bits(rows).t(), bits(columns))
     assert columns.is_contiguous()
     best = cast_both(wanted.float(), dtype)
-    assert scale == pytest.approx(float(best[2]), rel=1e-5)
+    assert float(scale) == pytest.approx(float(best[2]), rel=1e-5)
     # Where every element is the largest, fp32's own error is all there is.
     wanted_db = min(sqnr_db(wanted, best[0].double() * best[2].double()), 100)
     assert sqnr_db(wanted, rows.double() * scale.double()) > wanted_db - 0.5
