@@ -7,7 +7,7 @@ import triton  # noqa: TID253  only CUDA implementations import this module
 import triton.language as tl  # noqa: TID253
 from torch import Tensor
 
-from kpt_lightning.kernels.quantize_triton import in_words, store_both, tile_start
+from kpt_lightning.kernels.quantize_triton import in_words, is_ragged, store_both, tile_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,11 @@ class LaunchConfig:
     num_stages: int
 
 
-# First guesses, not measured.
-ROWS_CONFIG = LaunchConfig(rows=1, columns=8192, num_warps=8, num_stages=2)
+# On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
+ROWS_CONFIG = LaunchConfig(rows=1, columns=16384, num_warps=8, num_stages=1)
+QUANTIZE_CONFIG = LaunchConfig(rows=64, columns=64, num_warps=4, num_stages=1)
+# First guess, not measured.
 BACKWARD_CONFIG = LaunchConfig(rows=1, columns=8192, num_warps=8, num_stages=1)
-QUANTIZE_CONFIG = LaunchConfig(rows=64, columns=128, num_warps=8, num_stages=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -90,23 +91,27 @@ def _backward_kernel(
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_quantize_kernel(
     logits: tl.tensor, labels: tl.tensor, logsumexp: tl.tensor, grad_rows: tl.tensor, grad_columns: tl.tensor,
-    count: tl.tensor, classes: tl.tensor, width: tl.tensor, stride: tl.tensor, columns_stride: tl.tensor,
-    ignore_index: tl.tensor, LARGEST: tl.constexpr, WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    count: tl.tensor, classes: tl.tensor, width: tl.tensor, stride: tl.tensor, rows_stride: tl.tensor,
+    columns_stride: tl.tensor, ignore_index: tl.tensor, LARGEST: tl.constexpr, RAGGED: tl.constexpr,
+    WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per tile, which is written as it is and transposed; no magnitude is above 1, hence the scale."""
     first_row, first_column = tile_start(width, False, ROWS, COLUMNS)
     row, place = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     inside = row < count
-    label = tl.load(labels + row, mask=inside, other=ignore_index)[:, None]
-    known = tl.load(logsumexp + row, mask=inside, other=0.0)[:, None]
+    label = tl.load(labels + row, mask=inside, other=ignore_index)
+    ignored = label == ignore_index
+    # A label that is no class makes its row NaN, by the one number of the row: fewer instructions an element.
+    known = tl.load(logsumexp + row, mask=inside, other=0.0)
+    known = tl.where(ignored | ((label >= 0) & (label < classes)), known, float("nan"))[:, None]
+    label = tl.where(ignored, -1, label).to(tl.int32)[:, None]
     real = inside[:, None] & (place < classes)[None, :]
-    x = tl.load(logits + row[:, None].to(tl.int64) * stride + place[None, :], mask=real, other=0.0).to(tl.float32)
-    value = _softmax_minus_onehot(x, known, place[None, :], label, classes, ignore_index)
-    value = tl.where(real, value, 0.0)
+    x = tl.load(logits + row[:, None].to(tl.int64) * stride + place[None, :], mask=real, other=-float("inf"))
+    value = tl.exp(x.to(tl.float32) - known) - tl.where(place[None, :] == label, 1.0, 0.0)
+    value = tl.where(ignored[:, None], 0.0, value)
     store_both(
-        value, LARGEST, grad_rows, grad_columns, first_row, first_column, count, width, width, columns_stride,
-        True, WITH_COLUMNS, LARGEST,
+        value, LARGEST, grad_rows, grad_columns, first_row, first_column, count, width, rows_stride, columns_stride,
+        RAGGED, True, WITH_COLUMNS, LARGEST,
     )  # fmt: skip
 
 
@@ -159,11 +164,11 @@ def launch_backward_quantize(
     if count:
         tiles = triton.cdiv(width, config.columns) * triton.cdiv(count, config.rows)
         part = rows.new_empty((0, 4)) if columns is None else columns[:, offset : offset + count]
-        with in_words(part) as memory:
+        with in_words(rows) as in_rows, in_words(part) as in_columns:
             _backward_quantize_kernel[(tiles,)](
-                logits, labels, logsumexp, rows, memory,
-                count, classes, width, logits.stride(0), memory.stride(0), ignore_index,
-                LARGEST=torch.finfo(dtype).max, WITH_COLUMNS=columns is not None,
+                logits, labels, logsumexp, in_rows, in_columns,
+                count, classes, width, logits.stride(0), in_rows.stride(0), in_columns.stride(0), ignore_index,
+                LARGEST=torch.finfo(dtype).max, RAGGED=is_ragged(count, width), WITH_COLUMNS=columns is not None,
                 ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
     return rows

@@ -6,6 +6,7 @@ import torch
 import triton  # noqa: TID253
 import triton.language as tl  # noqa: TID253
 from torch import Tensor
+from torch.nn import functional as F
 
 from kpt_lightning.kernels.gated import GELU_BOUND, GELU_CUBIC, GELU_SLOPE
 from kpt_lightning.kernels.quantize import Quantized, empty_outputs
@@ -13,6 +14,7 @@ from kpt_lightning.kernels.quantize_triton import (
     INTERPRETED,
     Config,
     in_words,
+    is_ragged,
     larger,
     plan_amax,
     plan_cast,
@@ -24,10 +26,10 @@ from kpt_lightning.kernels.quantize_triton import (
     tile_start,
 )
 
-# First guesses, not measured. Backward holds three inputs and two results of an element, hence the smaller tiles.
+# On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
 FORWARD_CONFIG = Config(
-    amax_rows=4, amax_columns=1024, amax_warps=8, programs_per_sm=4,
-    cast_rows=128, cast_columns=64, cast_warps=8, last_first=True,
+    amax_rows=4, amax_columns=1024, amax_warps=8, programs_per_sm=6,
+    cast_rows=64, cast_columns=64, cast_warps=4, last_first=True,
 )  # fmt: skip
 BACKWARD_CONFIG = Config(
     amax_rows=2, amax_columns=1024, amax_warps=8, programs_per_sm=4,
@@ -134,9 +136,9 @@ def _backward_amax_kernel(
 @triton.jit  # type: ignore[untyped-decorator]
 def _cast_kernel(
     gate_up: tl.tensor, amax: tl.tensor, rows: tl.tensor, columns: tl.tensor, inverse: tl.tensor, height: tl.tensor,
-    width: tl.tensor, stride: tl.tensor, columns_stride: tl.tensor, ACTIVATION: tl.constexpr,
-    COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    width: tl.tensor, stride: tl.tensor, rows_stride: tl.tensor, columns_stride: tl.tensor,
+    RAGGED: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
+    LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     first_row, first_column = tile_start(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
     row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_COLUMNS)
@@ -147,8 +149,8 @@ def _cast_kernel(
     if tl.program_id(0) == 0:
         tl.store(inverse, tl.div_rn(1.0, scale))
     store_both(
-        value, scale, rows, columns, first_row, first_column, height, width, width, columns_stride, True, COLUMNS,
-        LARGEST,
+        value, scale, rows, columns, first_row, first_column, height, width, rows_stride, columns_stride,
+        RAGGED, True, COLUMNS, LARGEST,
     )  # fmt: skip
 
 
@@ -156,8 +158,8 @@ def _cast_kernel(
 def _backward_cast_kernel(
     grad: tl.tensor, gate_up: tl.tensor, amax: tl.tensor, rows: tl.tensor, columns: tl.tensor, inverse: tl.tensor,
     height: tl.tensor, width: tl.tensor, grad_stride: tl.tensor, stride: tl.tensor, columns_stride: tl.tensor,
-    ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    RAGGED: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
+    LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     first_row, first_column = tile_start(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
     row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_COLUMNS)
@@ -172,13 +174,13 @@ def _backward_cast_kernel(
         tl.store(inverse, tl.div_rn(1.0, scale))
     # Both halves lie side by side in rows, and one below the other in columns.
     store_both(
-        of_gate, scale, rows, columns, first_row, first_column, height, width, 2 * width, columns_stride, True, COLUMNS,
-        LARGEST,
+        of_gate, scale, rows, columns, first_row, first_column, height, width, 2 * width, columns_stride,
+        RAGGED, True, COLUMNS, LARGEST,
     )  # fmt: skip
     below = columns + tl.cast(width, tl.int64) * columns_stride
     store_both(
-        of_up, scale, rows + width, below, first_row, first_column, height, width, 2 * width, columns_stride, True,
-        COLUMNS, LARGEST,
+        of_up, scale, rows + width, below, first_row, first_column, height, width, 2 * width, columns_stride,
+        RAGGED, True, COLUMNS, LARGEST,
     )  # fmt: skip
 
 
@@ -196,10 +198,10 @@ def gated_quantize(
     grid, constants = plan_amax(height, width, gate_up.device, config)
     _amax_kernel[grid](gate_up, amax, *sizes, ACTIVATION=activation, **constants)
     grid, constants = plan_cast(height, width, dtype, config)
-    with in_words(written[1]) as memory:
+    with in_words(written[0]) as in_rows, in_words(written[1]) as in_columns:
         _cast_kernel[grid](
-            gate_up, amax, written[0], memory, written[2], *sizes, memory.stride(0),
-            ACTIVATION=activation, COLUMNS=columns, **constants,
+            gate_up, amax, in_rows, in_columns, written[2], *sizes, in_rows.stride(0), in_columns.stride(0),
+            RAGGED=is_ragged(height, width), ACTIVATION=activation, COLUMNS=columns, **constants,
         )  # fmt: skip
     return written
 
@@ -209,6 +211,13 @@ def gated_backward_quantize(
 ) -> Quantized:
     """gated.py::gated_backward_quantize by the kernels; on CUDA, or on a CPU under Triton's interpreter."""
     height, width = grad.shape
+    if width % 4:
+        # The second half of a row has to begin with a word.
+        pad = 4 - width % 4
+        gate_up = F.pad(gate_up.reshape(height, 2, width), (0, pad)).flatten(1)
+        wider = gated_backward_quantize(F.pad(grad, (0, pad)), gate_up, activation, dtype, columns, config)
+        kept = torch.arange(2 * (width + pad), device=grad.device).view(2, -1)[:, :width].flatten()
+        return wider[0][:, kept], wider[1][kept] if columns else wider[1], wider[2]
     written = empty_outputs(gate_up, height, 2 * width, dtype, columns=columns)
     if height * width == 0:
         return *written[:2], scale_of_nothing(gate_up, dtype)
@@ -218,10 +227,10 @@ def gated_backward_quantize(
     grid, constants = plan_amax(height, width, gate_up.device, config)
     _backward_amax_kernel[grid](grad, gate_up, amax, *sizes, ACTIVATION=activation, **constants)
     grid, constants = plan_cast(height, width, dtype, config)
-    with in_words(written[1]) as memory:
+    with in_words(written[1]) as in_columns:
         _backward_cast_kernel[grid](
-            grad, gate_up, amax, written[0], memory, written[2], *sizes, memory.stride(0),
-            ACTIVATION=activation, COLUMNS=columns, **constants,
+            grad, gate_up, amax, written[0], in_columns, written[2], *sizes, in_columns.stride(0),
+            RAGGED=is_ragged(height, width), ACTIVATION=activation, COLUMNS=columns, **constants,
         )  # fmt: skip
     return written
 

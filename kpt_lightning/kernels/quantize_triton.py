@@ -38,10 +38,10 @@ class Config:
     last_first: bool
 
 
-# First guess, not measured.
+# On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
 CONFIG = Config(
-    amax_rows=8, amax_columns=1024, amax_warps=8, programs_per_sm=4,
-    cast_rows=128, cast_columns=64, cast_warps=8, last_first=True,
+    amax_rows=8, amax_columns=1024, amax_warps=4, programs_per_sm=4,
+    cast_rows=64, cast_columns=64, cast_warps=4, last_first=True,
 )  # fmt: skip
 
 _TINY_AMAX = tl.constexpr(TINY_AMAX)
@@ -74,17 +74,6 @@ def scale_from_bits(amax: tl.tensor, LARGEST: tl.constexpr) -> Any:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def to_float8(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
-    """Cast, finite values clamped and NaN kept: one instruction of the hardware.
-
-    Source: "cvt" with ".satfinite" in https://docs.nvidia.com/cuda/parallel-thread-execution/.
-    """
-    if INTERPRETED:
-        scaled = _rounded_for_interpreter(scaled, dtype, LARGEST)
-    return scaled.to(dtype)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _rounded_for_interpreter(value: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
     """Clamp and round in fp32: the interpreter's own cast halves what rounds up to a power of two, and loses NaN."""
     value = tl.maximum(value, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -104,42 +93,46 @@ def _rounded_for_interpreter(value: tl.tensor, dtype: tl.constexpr, LARGEST: tl.
 def store_both(
     value: tl.tensor, scale: tl.tensor, rows: tl.tensor, columns: tl.tensor, first_row: tl.tensor,
     first_column: tl.tensor, height: tl.tensor, width: tl.tensor, rows_stride: tl.tensor, columns_stride: tl.tensor,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
+    RAGGED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Cast a tile at (first_row, first_column) of a (height, width) tensor and store it, and its transpose.
 
-    The transpose is written in words of four rows, into memory of :func:`in_words`.
+    Both are written in words of four, into memory of :func:`in_words`: a tile of bytes comes out wrong of Triton 3.6
+    where it is stored in two layouts (https://github.com/triton-lang/triton/issues/11111), and takes more instructions.
+    RAGGED: height or width is no multiple of 4. What the compiler knows to be one, it moves 16 bytes at a time.
     """
-    dtype: tl.constexpr = rows.dtype.element_ty
+    words = _four_in_a_word(value * scale, rows.dtype.element_ty, LARGEST)
     if ROWS:
-        row, column = first_row + tl.arange(0, value.shape[0]), first_column + tl.arange(0, value.shape[1])
-        inside = (row < height)[:, None] & (column < width)[None, :]
-        place = rows + row[:, None].to(tl.int64) * rows_stride + column[None, :]
-        tl.store(place, to_float8(value * scale, dtype, LARGEST), mask=inside)
+        row = first_row + tl.arange(0, value.shape[0])[:, None]
+        quarter = first_column // 4 + tl.arange(0, value.shape[1] // 4)[None, :]
+        place = rows.to(tl.pointer_type(tl.uint32), bitcast=True) + row.to(tl.int64) * (rows_stride // 4) + quarter
+        across = tl.cdiv(width, 4) if RAGGED else width // 4
+        tl.store(place, words, mask=(row < height) & (quarter < across))
     if COLUMNS:
-        # In words: a tile of bytes that is stored in both layouts comes out wrong of Triton 3.6
-        # (https://github.com/triton-lang/triton/issues/11111), and takes four times the instructions.
-        words = tl.trans(_four_in_a_word(value * scale, dtype, LARGEST))
-        quarter = first_row // 4 + tl.arange(0, value.shape[0] // 4)
-        below = (quarter * 4 < height)[None, :]
+        quarter = first_row // 4 + tl.arange(0, value.shape[0] // 4)[None, :]
+        down = tl.cdiv(height, 4) if RAGGED else height // 4
         column = first_column + 4 * tl.arange(0, value.shape[1] // 4)[:, None]
-        place = columns.to(tl.pointer_type(tl.uint32), bitcast=True) + quarter[None, :]
+        place = columns.to(tl.pointer_type(tl.uint32), bitcast=True) + quarter
         # (C / 4, R) to four times (C / 4, R / 4).
-        even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1] // 4, 2, 2)))
+        turned = tl.trans(words)
+        even, odd = tl.split(tl.reshape(turned, (turned.shape[0], turned.shape[1] // 4, 2, 2)))
         first, third = tl.split(even)
         second, fourth = tl.split(odd)
         for byte in tl.static_range(4):
-            turned = (
+            word = (
                 ((first >> (8 * byte)) & 0xFF) | (((second >> (8 * byte)) & 0xFF) << 8)
                 | (((third >> (8 * byte)) & 0xFF) << 16) | (((fourth >> (8 * byte)) & 0xFF) << 24)
             )  # fmt: skip
             there = (column + byte).to(tl.int64) * (columns_stride // 4)
-            tl.store(place + there, turned, mask=(column + byte < width) & below)
+            tl.store(place + there, word, mask=(column + byte < width) & (quarter < down))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _four_in_a_word(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
-    """(R, C) fp32 to (R, C / 4) words of four FP8 values, the first column lowest."""
+    """(R, C) fp32 to (R, C / 4) words of four FP8 values, the first column lowest; finite values clamped, NaN kept.
+
+    Source: "cvt" with ".satfinite" in https://docs.nvidia.com/cuda/parallel-thread-execution/.
+    """
     even, odd = tl.split(tl.reshape(scaled, (scaled.shape[0], scaled.shape[1] // 4, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -160,7 +153,7 @@ def _four_in_a_word(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexp
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _bits(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
-    return to_float8(scaled, dtype, LARGEST).to(tl.uint8, bitcast=True).to(tl.uint32)
+    return _rounded_for_interpreter(scaled, dtype, LARGEST).to(dtype).to(tl.uint8, bitcast=True).to(tl.uint32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -202,9 +195,9 @@ def _amax_kernel(
 @triton.jit  # type: ignore[untyped-decorator]
 def _cast_kernel(
     x: tl.tensor, amax: tl.tensor, rows: tl.tensor, columns: tl.tensor, inverse: tl.tensor, height: tl.tensor,
-    width: tl.tensor, stride: tl.tensor, rows_stride: tl.tensor, columns_stride: tl.tensor, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    width: tl.tensor, stride: tl.tensor, rows_stride: tl.tensor, columns_stride: tl.tensor, RAGGED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LAST_FIRST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     first_row, first_column = tile_start(width, LAST_FIRST, BLOCK_ROWS, BLOCK_COLUMNS)
     row, column = first_row + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_COLUMNS)
@@ -214,8 +207,8 @@ def _cast_kernel(
     if tl.program_id(0) == 0:
         tl.store(inverse, tl.div_rn(1.0, scale))
     store_both(
-        value, scale, rows, columns, first_row, first_column, height, width, rows_stride, columns_stride, ROWS, COLUMNS,
-        LARGEST,
+        value, scale, rows, columns, first_row, first_column, height, width, rows_stride, columns_stride, RAGGED, ROWS,
+        COLUMNS, LARGEST,
     )  # fmt: skip
 
 
@@ -248,22 +241,27 @@ def quantize(
         size = part.shape[dim]
         in_rows = written[0].narrow(dim, start, size) if rows else written[0]
         in_columns = written[1].narrow(1 - dim, start, size) if columns else written[1]
-        with in_words(in_columns) as memory:
-            _launch_cast(part, amax, (in_rows, memory, written[2]), rows, columns, config)
+        with in_words(in_rows) as row_memory, in_words(in_columns) as column_memory:
+            _launch_cast(part, amax, (row_memory, column_memory, written[2]), rows, columns, config)
         start += size
     return written
 
 
+def is_ragged(height: int, width: int) -> bool:
+    """Whether a layout of a (height, width) tensor does not end with a word of four."""
+    return bool(height % 4 or width % 4)
+
+
 @contextmanager
-def in_words(columns: Tensor) -> Iterator[Tensor]:
-    """Memory to write a (K, M) transposed layout to in words of four: itself where it can be, else of a copy."""
-    size = columns.shape[-1]
-    if size % 4 == 0 and (size == 0 or (columns.stride(0) % 4 == 0 and columns.data_ptr() % 4 == 0)):
-        yield columns
+def in_words(layout: Tensor) -> Iterator[Tensor]:
+    """Memory to write one layout to in words of four: itself where that fits, else what is copied to it afterwards."""
+    size = layout.shape[-1]
+    if size % 4 == 0 and (size == 0 or (layout.stride(0) % 4 == 0 and layout.data_ptr() % 4 == 0)):
+        yield layout
         return
-    wider = torch.empty((columns.shape[0], size + -size % 4), dtype=columns.dtype, device=columns.device)
+    wider = torch.empty((layout.shape[0], size + -size % 4), dtype=layout.dtype, device=layout.device)
     yield wider
-    columns.copy_(wider[:, :size])
+    layout.copy_(wider[:, :size])
 
 
 def plan_amax(height: int, width: int, device: torch.device, config: Config) -> tuple[tuple[int], dict[str, int]]:
@@ -301,5 +299,5 @@ def _launch_cast(x: Tensor, amax: Tensor, written: Quantized, rows: bool, column
     grid, constants = plan_cast(height, width, written[0].dtype, config)
     _cast_kernel[grid](
         x, amax, *written, height, width, x.stride(0), written[0].stride(0), written[1].stride(0),
-        ROWS=rows, COLUMNS=columns, **constants,
+        RAGGED=is_ragged(height, width), ROWS=rows, COLUMNS=columns, **constants,
     )  # fmt: skip

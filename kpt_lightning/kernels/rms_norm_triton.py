@@ -10,6 +10,7 @@ from torch import Tensor
 from kpt_lightning.kernels.quantize import empty_outputs
 from kpt_lightning.kernels.quantize_triton import (
     in_words,
+    is_ragged,
     magnitude_bits,
     scale_from_bits,
     scale_of_nothing,
@@ -50,11 +51,12 @@ class TileLaunch:
     num_warps: int = 8
 
 
-# All first guesses, not measured.
-FORWARD = RowLaunch()
+# On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
+FORWARD = RowLaunch(programs_per_sm=6)
+# First guesses, not measured.
 STATISTICS = RowLaunch()
 BACKWARD = RowLaunch()
-CAST = TileLaunch()
+CAST = TileLaunch(rows=64, columns=64, num_warps=4)
 PARTIALS = TileLaunch(rows=64, columns=32, num_warps=4)
 
 _TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: None}
@@ -124,9 +126,9 @@ def _statistics_kernel(
 @triton.jit  # type: ignore[untyped-decorator]
 def _cast_kernel(
     x_pointer: tl.tensor, weight_pointer: tl.tensor, rstd_pointer: tl.tensor, amax: tl.tensor, y_rows: tl.tensor,
-    y_columns: tl.tensor, inverse: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, columns_stride: tl.tensor,
-    offset: tl.tensor, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ROUND_TO: tl.constexpr,
-    LARGEST: tl.constexpr,
+    y_columns: tl.tensor, inverse: tl.tensor, rows: tl.tensor, x_stride: tl.tensor, rows_stride: tl.tensor,
+    columns_stride: tl.tensor, offset: tl.tensor, K: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, ROUND_TO: tl.constexpr, LARGEST: tl.constexpr,
 ) -> None:  # fmt: skip
     # From the end, which the statistics read last and L2 may still hold.
     first_row, first_column = tile_start(K, True, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -141,7 +143,8 @@ def _cast_kernel(
     weight = tl.load(weight_pointer + column, mask=column < K, other=0.0).to(tl.float32) + offset
     y = _round(x * rstd[:, None], ROUND_TO) * weight[None, :]
     store_both(
-        y, scale, y_rows, y_columns, first_row, first_column, rows, K, K, columns_stride, True, True, LARGEST
+        y, scale, y_rows, y_columns, first_row, first_column, rows, K, rows_stride, columns_stride,
+        RAGGED, True, True, LARGEST,
     )  # fmt: skip
 
 
@@ -264,11 +267,12 @@ def launch_quantize(
     _statistics_kernel[(programs,)](
         x, weight, rstd, amax, rows, x.stride(0), eps, offset, K=k, ROUND_TO=round_to, **block
     )  # fmt: skip
-    with in_words(y_columns) as memory:
+    with in_words(y_rows) as in_rows, in_words(y_columns) as in_columns:
         _cast_kernel[(triton.cdiv(rows, cast.rows) * triton.cdiv(k, cast.columns),)](
-            x, weight, rstd, amax, y_rows, memory, scale, rows, x.stride(0), memory.stride(0), offset,
-            K=k, BLOCK_ROWS=cast.rows, BLOCK_COLUMNS=cast.columns, ROUND_TO=round_to, LARGEST=torch.finfo(dtype).max,
-            num_warps=cast.num_warps,
+            x, weight, rstd, amax, in_rows, in_columns, scale, rows, x.stride(0), in_rows.stride(0),
+            in_columns.stride(0), offset,
+            K=k, RAGGED=is_ragged(rows, k), BLOCK_ROWS=cast.rows, BLOCK_COLUMNS=cast.columns, ROUND_TO=round_to,
+            LARGEST=torch.finfo(dtype).max, num_warps=cast.num_warps,
         )  # fmt: skip
     return y_rows, y_columns, scale, rstd
 
