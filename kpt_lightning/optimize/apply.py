@@ -35,6 +35,13 @@ def applied(subject: Subject, changes: Sequence[Change], lookup: Lookup = regist
         yield
 
 
+def split_by_need(changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
+    """What can be done to a model alone, and what waits for optimizer or loader."""
+    later = (Stage.OPTIMIZER, Stage.INPUT)
+    waiting = [change for change in changes if registry.candidate(change.candidate).stage in later]
+    return [change for change in changes if change not in waiting], waiting
+
+
 def key_of(changes: Sequence[Change]) -> str:
     """Equal for equal sets of changes."""
     parts = [(change.candidate, change.setting) for change in changes]

@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from kpt_lightning.config import KptConfig
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import KptError, VerificationError
 from kpt_lightning.hardware import HardwareProfile, detect
-from kpt_lightning.optimize.apply import applied
+from kpt_lightning.optimize.apply import applied, split_by_need
+from kpt_lightning.optimize.by_proof import extended
 from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, check_recompiles
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.replay import adopted
@@ -137,7 +139,7 @@ class Engine:
         with ExitStack() as undo:
             undo.callback(self._forget)
             self._graphs = GraphCounts.now() if plan.compiled_modules else None
-            now, self._waiting = _split(plan.changes) if waits else (plan.changes, [])
+            now, self._waiting = split_by_need(plan.changes) if waits else (plan.changes, [])
             undo.enter_context(applied(self._subject, now))
             self._layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
             undo.callback(self._counting.close)
@@ -153,6 +155,17 @@ class Engine:
         # A plan that changes nothing lets another model follow.
         self._model, self.plan = weakref.ref(model) if plan.changes else None, plan
         return plan
+
+    def look(self, agree: Callable[[dict[str, Any]], dict[str, Any]] = lambda plan: plan) -> None:
+        """Add to a plan by rules what proves itself on the model, on its device by now; ``agree`` makes ranks one."""
+        model, plan, subject = None if self._model is None else self._model(), self.plan, self._subject
+        given = self.plan_given is not None
+        if model is None or plan is None or subject is None or given or not plan.float8_layers:
+            return
+        self.stop()
+        device = next(model.parameters()).device
+        plan = extended(plan, replace(subject, device=device, contexts=[], applied=[], key=""))
+        self.start(model, device.type, plan=Plan.from_dict(agree(plan.to_dict())))
 
     def take_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Apply what of a given plan had to wait for the optimizer, which is made after the model is set up.
@@ -382,10 +395,3 @@ class Engine:
         if not whole:
             return "manual optimization or Fabric: forward and backward ran outside the step; calls were counted"
         return None
-
-
-def _split(changes: Sequence[Change]) -> tuple[list[Change], list[Change]]:
-    """What can be done to a model alone, and what waits for optimizer or loader."""
-    later = (Stage.OPTIMIZER, Stage.INPUT)
-    waiting = [change for change in changes if registry.candidate(change.candidate).stage in later]
-    return [change for change in changes if change not in waiting], waiting

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from kpt_lightning.errors import ConfigError
@@ -26,6 +27,8 @@ class TrainerLeaf(KptLeaf):
         self._refuse_meta()
         self._start_engine(self.model)  # type: ignore[attr-defined]
         super().setup(trainer)  # type: ignore[misc]
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.engine.look(self.broadcast)  # type: ignore[attr-defined]
         self.engine.take_optimizers(self.optimizers)  # type: ignore[attr-defined]
         self._report()
 

@@ -1,0 +1,111 @@
+"""What a plan by rules adds once the model is on its device: changes that prove themselves on its own inputs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from kpt_lightning.candidates import registry
+from kpt_lightning.candidates.candidate import Candidate, Change, SelfChecking, Stage
+from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.config import Level
+from kpt_lightning.decision import Accepted, Decision, Rejected
+from kpt_lightning.optimize.apply import applied
+from kpt_lightning.optimize.guarded import check_device, told
+from kpt_lightning.optimize.own_inputs import OwnInputs, own_inputs
+from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.put_back import UnrestoredError, put_back
+from kpt_lightning.validation.calls import record_calls
+from kpt_lightning.validation.state import preserved
+
+PROVED = ("float8_cross_entropy", "float8_mlp", "float8_siblings")
+"""Faster on every Hopper shape that was measured: benchmarks/results/candidate_stack_nvidia-h200_2026-11-23.md."""
+
+_HEAD = "float8_cross_entropy"
+_LEVELS = tuple(Level)
+
+
+def extended(plan: Plan, subject: Subject) -> Plan:
+    """The plan with those of :data:`PROVED` that hold on this model; the model is afterwards as before.
+
+    Each is asked on top of those before, without compilation, and compares what it replaced with high precision. Its
+    answer is a choice of the plan, whatever it is.
+
+    Args:
+        plan: By rules, with layers in FP8.
+        subject: Its model, on its device.
+
+    Raises:
+        UnrestoredError: The model could not be put back.
+    """
+    work = own_inputs(subject.model, subject.device, lambda: _context(subject))
+    if isinstance(work, Rejected):
+        return replace(plan, choices=[*plan.choices, Rejected("float8 kernels", work.reason)])
+    changes, choices = list(plan.changes), list(plan.choices)
+    for name in PROVED:
+        # The head as it is: a layer in FP8 by itself cannot join.
+        kept = [] if name == _HEAD else changes
+        change = _proved(subject, kept, registry.candidate(name), work)
+        choices.append(Accepted(name, change.reason) if isinstance(change, Change) else change)
+        if isinstance(change, Change):
+            if name == _HEAD:
+                changes = _without_head(changes, change.setting["head"])
+                choices = [_joined(choice) for choice in choices]
+            changes.append(change)
+    return replace(plan, changes=changes, choices=choices)
+
+
+def _without_head(changes: Sequence[Change], head: str) -> list[Change]:
+    """Without what the joined head and loss take the place of."""
+    found = [change for change in changes if change.candidate != "compile_loss"]
+    for number, change in enumerate(found):
+        if change.candidate == "float8":
+            layers = [name for name in change.setting["layers"] if name != head]
+            found[number] = replace(change, setting={**change.setting, "layers": layers})
+    return [change for change in found if change.candidate != "float8" or change.setting["layers"]]
+
+
+def _joined(choice: Decision) -> Decision:
+    if choice and choice.subject == "compile loss":
+        return Rejected(choice.subject, "head and loss run as one in FP8")
+    return choice
+
+
+def _proved(subject: Subject, kept: Sequence[Change], candidate: Candidate, work: OwnInputs) -> Change | Rejected:
+    """The first change that a candidate proposes, where it holds."""
+    levels = _LEVELS[: _LEVELS.index(subject.config.level) + 1]
+    verdict: Decision = registry.admitted(candidate, levels, subject.profile.supports)
+    if isinstance(verdict, Rejected):
+        return verdict
+    eager = [change for change in kept if registry.candidate(change.candidate).stage is not Stage.COMPILE]
+    try:
+        with put_back(subject):
+            return _asked(subject, eager, candidate, work)
+    except UnrestoredError:
+        raise
+    except Exception as error:  # noqa: BLE001  a candidate may fail in any way, and the plan goes on without it
+        check_device(subject.device)
+        return Rejected(candidate.name, f"failed to look: {told(error)}")
+
+
+def _asked(subject: Subject, kept: Sequence[Change], candidate: Candidate, work: OwnInputs) -> Change | Rejected:
+    with applied(subject, kept), preserved(subject.model):
+        subject.calls = record_calls(subject.model, work.loss)
+        offered = candidate.applies(subject)
+    change = next((each for each in offered if isinstance(each, Change) and not each.fallback), None)
+    if change is None:
+        return Rejected(candidate.name, "; ".join(dict.fromkeys(each.reason for each in offered)))
+    if not isinstance(candidate, SelfChecking):
+        return change
+    with applied(subject, [*kept, change]), preserved(subject.model):
+        checked = candidate.check(subject, work.loss)
+    if not checked:
+        return Rejected(candidate.name, checked.reason)
+    return replace(change, reason=f"{change.reason}; {checked.reason}")
+
+
+@contextmanager
+def _context(subject: Subject) -> Iterator[None]:
+    with torch.autocast(subject.device.type, subject.compute_dtype), subject.forward_context(), torch.enable_grad():
+        yield

@@ -1,0 +1,65 @@
+"""A forward pass on inputs that a model makes itself: what a plan by rules can look at before there is a batch."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kpt_lightning.decision import Rejected
+from kpt_lightning.validation.workload import floating_tensors
+
+
+class OwnInputs:
+    """A few tokens of a transformers model's ``dummy_inputs``.
+
+    Source: https://huggingface.co/docs/transformers/main_classes/model
+    """
+
+    def __init__(
+        self, module: nn.Module, inputs: dict[str, Any], context: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            module: The transformers model.
+            inputs: Its keyword arguments.
+            context: Entered around each pass: precision, and what the changes in force put around it.
+        """
+        self.module, self.inputs, self._context = module, inputs, context
+
+    def loss(self) -> Tensor:
+        """One pass: the model's own loss, or one of the outputs as a scalar."""
+        with self._context():
+            output = self.module(**self.inputs)
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            return loss
+        return torch.stack([each.float().square().mean() for _, each in floating_tensors(output)]).mean()
+
+
+def own_inputs(
+    model: nn.Module, device: torch.device, context: Callable[[], AbstractContextManager[Any]]
+) -> OwnInputs | Rejected:
+    """Those of the outermost module that has some, on ``device``."""
+    for module in model.modules():
+        if not isinstance(getattr(type(module), "dummy_inputs", None), property) or not hasattr(module, "config"):
+            continue
+        own: Any = module
+        found = {key: _moved(value, device) for key, value in own.dummy_inputs.items()}
+        parameters = inspect.signature(module.forward).parameters
+        if getattr(module, "loss_type", None) == "ForCausalLM" and "labels" in parameters and "input_ids" in found:
+            found["labels"] = found["input_ids"]
+        if "use_cache" in parameters or hasattr(module.config, "use_cache"):
+            # A cache is an object that a second run would change.
+            found["use_cache"] = False
+        return OwnInputs(module, found, context)
+    return Rejected(
+        "own inputs", "no transformers model inside, which would make inputs by itself; a trial has a batch"
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
