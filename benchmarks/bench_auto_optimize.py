@@ -21,7 +21,8 @@ from cpu_models import MODELS
 from results_table import Run, fresh_process, load_runs, train, write_dated
 
 VARIANTS = (
-    "plain", "torchao-bf16-true", "kpt", "kpt-trial", "plain-trial", "user-compiled", "user-compiled-trial",
+    "plain", "torchao-bf16-true", "kpt", "kpt-aggressive", "kpt-trial", "plain-trial", "user-compiled",
+    "user-compiled-trial",
 )  # fmt: skip
 TABLES: dict[str, Callable[[list[Run]], str]] = {"cpu": cpu_table, "null": null_table, "h200": gpu_table}
 
@@ -89,7 +90,7 @@ def report(folder: Path, kind: str) -> None:
 def _is(run: Run, start: str) -> bool:
     # "h200-kpt-" begins "h200-kpt-trial-0" too.
     rest = run["file"].removeprefix(start)
-    return rest != run["file"] and not rest.startswith("trial")
+    return rest != run["file"] and (start.startswith("cpu-") or rest.isdigit())
 
 
 def parse() -> argparse.Namespace:

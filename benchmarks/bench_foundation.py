@@ -1,7 +1,7 @@
 """Speed against plain Lightning and the best peer, loss on real text against bf16-mixed; each run in a fresh process.
 
     python benchmarks/bench_foundation.py speed --out results/   # 1B shape, 4 x 4096 random tokens
-    python benchmarks/bench_foundation.py loss --out results/    # 1B shape, 4 x 1024 tokens of real text, 300 steps
+    python benchmarks/bench_foundation.py loss --out results/    # 1B shape, 4 x 1024 tokens of real text, 500 steps
     python benchmarks/bench_foundation.py report --out results/  # the table of both, as markdown
 
 Variants take turns, so that a drift of the clocks reaches all of them. torchao is a peer and is skipped where absent.
@@ -16,7 +16,8 @@ from results_table import SPEED_COLUMNS, Run, load_runs, markdown, speed_rows, t
 
 SPEED = ("kpt", "plain", "torchao-bf16-true", "kpt-bf16-mixed", "plain-compiled-blocks")
 LOSS = (
-    ("plain", 0), ("kpt", 0), ("plain", 1), ("kpt-rowwise", 0), ("kpt-rowwise_with_gw_hp", 0), ("kpt-bf16-mixed", 0),
+    ("plain", 0), ("kpt-aggressive", 0), ("plain", 1), ("kpt", 0), ("kpt-rowwise", 0), ("kpt-rowwise_with_gw_hp", 0),
+    ("kpt-bf16-mixed", 0),
 )  # fmt: skip
 
 
@@ -26,6 +27,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--shape", default="1b")
+    parser.add_argument("--steps", type=int, default=500, help="of a loss run")
+    parser.add_argument("--first", type=int, default=len(LOSS), help="how many of the loss runs, in their order")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     shape = ("--shape", options.shape)
@@ -39,10 +42,10 @@ def main() -> None:
                 extra = ["--profile"] if turn == options.rounds - 1 and variant in ("kpt", "plain") else []
                 train(options.out, f"speed-{variant}-{turn}", variant, *shape, "--steps", "30", *extra)
     elif options.what == "loss":
-        for variant, seed in LOSS:
+        for variant, seed in LOSS[: options.first]:
             train(
-                options.out, f"loss-{variant}-{seed}", variant, *shape, "--steps", "300", "--length", "1024",
-                "--seed", str(seed), "--vocab-size", "32768", "--warmup", "50",
+                options.out, f"loss-{variant}-{seed}", variant, *shape, "--steps", str(options.steps),
+                "--length", "1024", "--seed", str(seed), "--vocab-size", "32768", "--warmup", "50",
                 "--text", str(options.out / "text" / "tokens.pt"),
             )  # fmt: skip
     else:
@@ -58,7 +61,7 @@ def report(folder: Path) -> str:
 def _loss_table(runs: list[Run]) -> str:
     if not runs:
         return "Loss: not measured"
-    marks = (1, 25, 50, 100, 150, 200, 250, 300)
+    marks = [mark for mark in (1, 25, 50, 100, 150, 200, 250, 300, 400, 500) if mark <= runs[0]["steps"]]
     lines = [
         "Mean training loss of the 10 steps up to each mark, and held-out loss after the last.",
         "",

@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain-compiled-blocks": None,
     "torchao-bf16-true": None,
     "kpt": {},
+    "kpt-aggressive": {"level": "aggressive"},
     "kpt-rowwise": {"precision": "fp8", "float8": {"recipe": "rowwise"}},
     "kpt-rowwise_with_gw_hp": {"precision": "fp8", "float8": {"recipe": "rowwise_with_gw_hp"}},
     "kpt-bf16-mixed": {"precision": "bf16-mixed"},
