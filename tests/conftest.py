@@ -137,3 +137,12 @@ def no_leaked_process_group() -> Iterator[None]:
     if leaked:
         torch.distributed.destroy_process_group()
     assert not leaked, "the test left torch.distributed initialized; call destroy_process_group() or use a subprocess"
+
+
+@pytest.fixture
+def every_size() -> Iterator[None]:
+    """FP8 kernels for tensors of a few rows, which in a run are not worth their launches."""
+    from kpt_lightning.precision.kernel_sizes import at_every_size
+
+    with at_every_size():
+        yield

@@ -17,6 +17,7 @@ from kpt_lightning.errors import ConfigError
 from kpt_lightning.optional import TRITON, OptionalPackage
 from kpt_lightning.precision import float8_gated
 from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear
+from kpt_lightning.precision.kernel_sizes import LEAST_ELEMENTS, at_every_size, worth_kernels
 from kpt_lightning.precision.layer_check import Unit, check_layers
 from kpt_lightning.validation.gates import Numerics, gate
 
@@ -26,6 +27,8 @@ def float8_gated_forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Te
     (x,) = (*args, *kwargs.values())
     rule: GatedRule = self.kpt_settings  # type: ignore[assignment]
     gate, up, down = _layers(self, rule)
+    if not worth_kernels(x):
+        return _plain_forward(self, x)
     return float8_gated.float8_gated(x, gate.weight, up.weight, down.weight, rule.activation, down.float8)
 
 
@@ -64,7 +67,8 @@ class Float8Mlp:
                 groups.append({"rule": rule.to_dict(), "modules": names})
         count = sum(len(group["modules"]) for group in groups)
         text = (
-            f"{count} gated MLPs, each as one: input quantized once, gate and up merged, their product written in FP8"
+            f"{count} gated MLPs, each as one: input quantized once, gate and up merged, their product written in FP8; "
+            f"for inputs of {LEAST_ELEMENTS} elements and more"
         )
         change = Change(candidate=self.name, setting={"groups": groups}, reason=text)
         return [change, *found] if groups else found
@@ -90,7 +94,8 @@ class Float8Mlp:
             for name, module in subject.model.named_modules()
             if isinstance(getattr(module, "kpt_settings", None), GatedRule) and _in_float8(module)
         }
-        return check_layers(subject.model, run, least, units)
+        with at_every_size():
+            return check_layers(subject.model, run, least, units)
 
     def undo(self, subject: Subject, applied: list[nn.Module]) -> None:
         """Restore the classes."""

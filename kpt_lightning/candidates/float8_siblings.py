@@ -18,8 +18,9 @@ from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.optional import TRITON, OptionalPackage
 from kpt_lightning.precision.convert import decide_layers
-from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear, Float8Settings
+from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear, Float8Settings, float8_linear
 from kpt_lightning.precision.float8_parallel import float8_parallel
+from kpt_lightning.precision.kernel_sizes import LEAST_ELEMENTS, at_every_size, worth_kernels
 from kpt_lightning.precision.layer_check import Unit, check_layers
 from kpt_lightning.validation.attempt import Failure, attempt
 from kpt_lightning.validation.gates import Numerics, gate
@@ -38,6 +39,10 @@ class Float8Seat(Seat):
 def float8_seat_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """The forward function of a member; on another input than the first layer's by itself."""
     seat: Float8Seat = self.kpt_settings  # type: ignore[assignment]
+    if not worth_kernels(input):
+        if isinstance(self, Float8Linear):
+            return float8_linear(input, self.weight, self.bias, self.float8)
+        return F.linear(input, self.weight, self.bias)
     if seat.position == 0:
         first, *others = _products(seat.members, input, seat.settings)
         for member, part in zip(seat.members[1:], others, strict=True):
@@ -76,7 +81,10 @@ class Float8Siblings:
             return [Rejected(self.name, "no layer in tensorwise FP8 that the kernels take is called by itself")]
         merged = sum(len(group) > 1 for group in groups)
         layers = sum(map(len, groups))
-        text = f"{layers} layers by kernels that quantize an input once, {merged} groups of them merged"
+        text = (
+            f"{layers} layers by kernels that quantize an input once, {merged} groups of them merged; for inputs of "
+            f"{LEAST_ELEMENTS} elements and more"
+        )
         return [Change(candidate=self.name, setting={"groups": groups}, reason=text)]
 
     def apply(self, subject: Subject, setting: Mapping[str, Any]) -> list[nn.Module]:
@@ -96,7 +104,8 @@ class Float8Siblings:
         least = gate(Numerics.PRECISION, subject.compute_dtype).layer_db
         assert least is not None
         seated = {name: each for name, each in subject.model.named_modules() if _seat(each) is not None}
-        return check_layers(subject.model, run, least, {name: _unit(each) for name, each in seated.items()})
+        with at_every_size():
+            return check_layers(subject.model, run, least, {name: _unit(each) for name, each in seated.items()})
 
     def undo(self, subject: Subject, applied: list[nn.Module]) -> None:
         """Restore the classes."""

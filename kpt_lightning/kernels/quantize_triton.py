@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -264,8 +265,9 @@ def in_words(layout: Tensor) -> Iterator[Tensor]:
     layout.copy_(wider[:, :size])
 
 
+@lru_cache(maxsize=4096)
 def plan_amax(height: int, width: int, device: torch.device, config: Config) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and constants of a kernel that walks down strips of a (height, width) tensor."""
+    """Grid and constants of a kernel that walks down strips of a (height, width) tensor; asked at every launch."""
     columns = min(config.amax_columns, triton.next_power_of_2(width))
     across = triton.cdiv(width, columns)
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -274,6 +276,7 @@ def plan_amax(height: int, width: int, device: torch.device, config: Config) -> 
     return (across * strips,), constants
 
 
+@lru_cache(maxsize=4096)
 def plan_cast(height: int, width: int, dtype: torch.dtype, config: Config) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constants of a kernel that writes a (height, width) tensor in tiles."""
     tiles = triton.cdiv(height, config.cast_rows) * triton.cdiv(width, config.cast_columns)

@@ -26,7 +26,7 @@ from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, check_recom
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.replay import adopted
 from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
-from kpt_lightning.precision.evidence import check_calls, check_gradients, check_kernels
+from kpt_lightning.precision.evidence import check_calls, check_gradients, check_kernels, check_merged
 from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 
@@ -342,6 +342,8 @@ class Engine:
         proofs: list[Decision] = []
         if self._counts is not None:
             proofs += check_calls(self._counts, self._layers)
+            # Told, not held: the size of a batch decides.
+            self.plan.proofs += check_merged(self._counts, self.plan.merges_float8)
             # Layers that did not run have no gradient, and were named already.
             if all(proofs):
                 proofs += check_gradients(self._layers)

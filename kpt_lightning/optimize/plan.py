@@ -54,6 +54,12 @@ class Plan:
         return list(self.setting("float8").get("layers", ()))
 
     @property
+    def merges_float8(self) -> bool:
+        """Whether FP8 products of several layers are to run as one GEMM."""
+        groups = self.setting("float8_siblings").get("groups", ())
+        return bool(self.setting("float8_mlp")) or any(len(group) > 1 for group in groups)
+
+    @property
     def compiled_blocks(self) -> list[str]:
         """Names of the blocks that are compiled."""
         names = [*self.setting("compile_blocks").get("blocks", ()), *self.setting("causal_attention").get("blocks", ())]

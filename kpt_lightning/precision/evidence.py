@@ -12,6 +12,7 @@ from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import VerificationError
 from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear
 from kpt_lightning.precision.gemm import GemmCounts
+from kpt_lightning.precision.kernel_sizes import LEAST_ELEMENTS
 from kpt_lightning.precision.recipes import ROLES
 
 # cuBLASLt names the operands of its Hopper and Blackwell kernels by letter, as in nvjet_sm90_qrtst_128x160: q is e4m3
@@ -58,6 +59,21 @@ def check_calls(counts: GemmCounts, layers: Sequence[nn.Linear]) -> list[Decisio
         return decisions
     trained = [layer for layer in layers if _trains_in_fp8(layer)]
     return decisions + (_too_few("output", layers, ran) or _too_few("grad_weight", trained, learned))
+
+
+def check_merged(counts: GemmCounts, planned: bool) -> list[Decision]:
+    """Whether products that were planned as one GEMM ran as one.
+
+    Args:
+        counts: Of the first step.
+        planned: Whether any were.
+    """
+    if not planned:
+        return []
+    if counts.merged:
+        return [Accepted("merged GEMMs", f"{counts.merged} FP8 products ran inside of another's GEMM")]
+    reason = f"none: no input has {LEAST_ELEMENTS} elements, below which FP8 layers run one by one"
+    return [Rejected("merged GEMMs", reason)]
 
 
 def _too_few(role: str, layers: Sequence[nn.Linear], ran: Counter[tuple[int, int]]) -> list[Decision]:

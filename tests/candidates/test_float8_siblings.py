@@ -16,6 +16,8 @@ from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.numerics import sqnr_db
 from tests.candidates.float8_llama import gradients, in_float8, llama, passes
 
+pytestmark = pytest.mark.usefixtures("every_size")
+
 
 def only(found: Any) -> Any:
     (one,) = found

@@ -71,6 +71,7 @@ def test_compiled_blocks_have_the_calls_loss_and_gradients_of_eager_ones(device:
     } == {}
 
 
+@pytest.mark.usefixtures("every_size")
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_blocks_with_kernels_for_fp8_have_the_calls_loss_and_gradients_of_eager_ones(device: str) -> None:
     torch.compiler.reset()

@@ -13,7 +13,7 @@ from kpt_lightning.config import Float8Config
 from kpt_lightning.decision import Accepted, Rejected
 from kpt_lightning.errors import VerificationError
 from kpt_lightning.precision.convert import convert_to_float8
-from kpt_lightning.precision.evidence import check_calls, check_kernels, fp8_kernels
+from kpt_lightning.precision.evidence import check_calls, check_kernels, check_merged, fp8_kernels
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 
 # Kernel names recorded on an H200, and one of CUTLASS's rowwise GEMM.
@@ -76,6 +76,18 @@ def test_no_fp8_kernel_at_all_raises_and_names_the_numbers() -> None:
     with pytest.raises(VerificationError, match=re.escape("9 FP8 GEMMs were called")) as caught:
         check_kernels(NOT_FP8, 9)
     assert f"its {len(NOT_FP8)} CUDA kernels" in str(caught.value)
+
+
+def test_products_that_were_to_be_merged_and_were_not_are_told() -> None:
+    alone, merged = GemmCounts(), GemmCounts()
+    alone.add("output", (16, 32, 64), (), emulated=False)
+    merged.add("output", (16, 32, 64), (16, 16), emulated=False)
+    assert check_merged(alone, False) == check_merged(merged, False) == []
+    (verdict,) = check_merged(alone, True)
+    assert not verdict
+    assert "one by one" in verdict.reason
+    (verdict,) = check_merged(merged, True)
+    assert verdict == Accepted("merged GEMMs", "1 FP8 products ran inside of another's GEMM")
 
 
 def test_no_call_at_all_raises_and_says_what_to_do() -> None:
