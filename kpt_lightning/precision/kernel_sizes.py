@@ -7,8 +7,8 @@ from torch import Tensor
 
 LEAST_ELEMENTS = 2**25
 """Rows times features of an input. Each operator costs the host about 0.1 ms. One H200, the 1B shape: at 16384 x 2048 a
-step has 199 ms with the kernels and 229 without, at 4096 x 2048 113 and 57, waiting for the host
-(benchmarks/results/small_inputs_nvidia-h200_2026-11-23.md). Nothing between was measured."""
+step has 214 ms with the kernels and 229 without; at 4096 x 2048 it had 113, waiting for the host, and 57
+(benchmarks/results/loss_text_nvidia-h200_2026-11-23.md). Nothing between was measured."""
 
 _at_every_size = False
 
