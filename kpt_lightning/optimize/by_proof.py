@@ -16,17 +16,20 @@ from kpt_lightning.optimize.guarded import check_device, told
 from kpt_lightning.optimize.own_inputs import OwnInputs, own_inputs
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.put_back import UnrestoredError, put_back
+from kpt_lightning.optimize.work import Work
 from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.state import preserved
 
 PROVED = ("float8_cross_entropy", "float8_mlp", "float8_siblings")
 """Faster on every Hopper shape that was measured: benchmarks/results/candidate_stack_nvidia-h200_2026-11-23.md."""
 
+Looked = Work | OwnInputs
+
 _HEAD = "float8_cross_entropy"
 _LEVELS = tuple(Level)
 
 
-def extended(plan: Plan, subject: Subject) -> Plan:
+def extended(plan: Plan, subject: Subject, work: Work | None = None) -> Plan:
     """The plan with those of :data:`PROVED` that hold on this model; the model is afterwards as before.
 
     Each is asked on top of those before, without compilation, and compares what it replaced with high precision. Its
@@ -35,18 +38,19 @@ def extended(plan: Plan, subject: Subject) -> Plan:
     Args:
         plan: By rules, with layers in FP8.
         subject: Its model, on its device.
+        work: Its forward pass on a real batch; without it the model's own inputs are used.
 
     Raises:
         UnrestoredError: The model could not be put back.
     """
-    work = own_inputs(subject.model, subject.device, lambda: _context(subject))
-    if isinstance(work, Rejected):
-        return replace(plan, choices=[*plan.choices, Rejected("float8 kernels", work.reason)])
+    run = own_inputs(subject.model, subject.device, lambda: _context(subject)) if work is None else work
+    if isinstance(run, Rejected):
+        return replace(plan, choices=[*plan.choices, Rejected("float8 kernels", run.reason)])
     changes, choices = list(plan.changes), list(plan.choices)
     for name in PROVED:
         # The head as it is: a layer in FP8 by itself cannot join.
         kept = [] if name == _HEAD else changes
-        change = _proved(subject, kept, registry.candidate(name), work)
+        change = _proved(subject, kept, registry.candidate(name), run)
         choices.append(Accepted(name, change.reason) if isinstance(change, Change) else change)
         if isinstance(change, Change):
             if name == _HEAD:
@@ -72,7 +76,7 @@ def _joined(choice: Decision) -> Decision:
     return choice
 
 
-def _proved(subject: Subject, kept: Sequence[Change], candidate: Candidate, work: OwnInputs) -> Change | Rejected:
+def _proved(subject: Subject, kept: Sequence[Change], candidate: Candidate, work: Looked) -> Change | Rejected:
     """The first change that a candidate proposes, where it holds."""
     levels = _LEVELS[: _LEVELS.index(subject.config.level) + 1]
     verdict: Decision = registry.admitted(candidate, levels, subject.profile.supports)
@@ -89,7 +93,7 @@ def _proved(subject: Subject, kept: Sequence[Change], candidate: Candidate, work
         return Rejected(candidate.name, f"failed to look: {told(error)}")
 
 
-def _asked(subject: Subject, kept: Sequence[Change], candidate: Candidate, work: OwnInputs) -> Change | Rejected:
+def _asked(subject: Subject, kept: Sequence[Change], candidate: Candidate, work: Looked) -> Change | Rejected:
     with applied(subject, kept), preserved(subject.model):
         subject.calls = record_calls(subject.model, work.loss)
         offered = candidate.applies(subject)

@@ -11,6 +11,7 @@ from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.optimize.batch_advice import advise_batch
+from kpt_lightning.optimize.first_guess import guess
 from kpt_lightning.optimize.outcome import Outcome
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.plan_cache import find_plan, keep_plan, plan_key
@@ -53,7 +54,11 @@ def plan_by_trial(
     if cache is not None and (found := find_plan(cache, key)) is not None:
         say(f"plan taken from {cache / key}.json: the same model, batch, machine and versions; nothing is tried")
         return replace(found, basis="trial, kept from an earlier run")
-    outcome = search(subject, work, max_seconds=max_seconds, pool=candidates, rounds=rounds, say=say)
+    names = {each.name for each in candidates}
+    outcome = search(
+        subject, work, max_seconds=max_seconds, first=lambda: guess(subject, work, names), pool=candidates,
+        rounds=rounds, say=say,
+    )  # fmt: skip
     plan = Plan(
         config=subject.config, device=subject.profile.primary.name, precision=_precision(outcome, precision),
         parallel=parallel, changes=outcome.changes, trials=outcome.trials, whole=outcome.whole, basis="trial",

@@ -18,6 +18,7 @@ from kpt_lightning.measure.statistics import median
 from kpt_lightning.optimize.apply import applied
 from kpt_lightning.optimize.arguments import check_search
 from kpt_lightning.optimize.baseline import Baseline, take_baseline
+from kpt_lightning.optimize.first_guess import RULES, try_together
 from kpt_lightning.optimize.guarded import check_device, guarded, told
 from kpt_lightning.optimize.laboratory import Laboratory, train_once
 from kpt_lightning.optimize.loss_gate import LossGate
@@ -43,6 +44,7 @@ def search(
     work: Work,
     *,
     max_seconds: float,
+    first: Callable[[], Sequence[Change]] = tuple,
     pool: Sequence[Candidate] | None = None,
     rounds: int | None = None,
     say: Say = lambda text: None,
@@ -53,6 +55,8 @@ def search(
         subject: The model and what surrounds it.
         work: Its forward pass on a real batch.
         max_seconds: No trial starts after that; one that runs is finished, for a compiler cannot be stopped.
+        first: Gives changes that are tried together before all else, once the unchanged model has run; where they are
+            kept, their candidates are not asked again.
         pool: Candidates to try; all that are known by default.
         rounds: Pairs of timings in a trial; by the length of a step if not given.
         say: Told what happens, one line at a time.
@@ -65,14 +69,15 @@ def search(
     start = time.monotonic()
     candidates = tuple(registry.candidates() if pool is None else pool)
     with surrounded_by(*surroundings(subject, work)):
-        outcome = _searched(subject, work, candidates, start + max_seconds, rounds, say)
+        outcome = _searched(subject, work, candidates, first, start + max_seconds, rounds, say)
     outcome.seconds = time.monotonic() - start
     return outcome
 
 
 def _searched(
-    subject: Subject, work: Work, candidates: Sequence[Candidate], deadline: float, rounds: int | None, say: Say
-) -> Outcome:
+    subject: Subject, work: Work, candidates: Sequence[Candidate], first: Callable[[], Sequence[Change]],
+    deadline: float, rounds: int | None, say: Say,
+) -> Outcome:  # fmt: skip
     by_name = {each.name: each for each in candidates}
     plain = _first_look(subject, work)
     if rounds is None:
@@ -81,10 +86,29 @@ def _searched(
     say(f"unchanged: {subject.step_seconds or 0:.4f} s for one forward and backward pass")
     outcome = Outcome()
     losses = LossGate(laboratory)
-    for candidate in candidates:
+    if time.monotonic() <= deadline:
+        _try_first(laboratory, first(), outcome, losses, say)
+    settled = {change.candidate for change in outcome.changes}
+    for candidate in (each for each in candidates if each.name not in settled):
         _try_candidate(laboratory, candidate, outcome, losses, say)
     judge_whole(laboratory, plain, outcome, say)
     return outcome
+
+
+def _try_first(
+    laboratory: Laboratory, first: Sequence[Change], outcome: Outcome, losses: LossGate, say: Say
+) -> None:  # fmt: skip
+    """Keep all of the first guess, or nothing of it."""
+    if not first:
+        return
+    record = try_together(laboratory, first, losses)
+    say(f"{RULES}, {record.what}: {'kept' if record.kept else 'not kept'}, {record.reason}")
+    outcome.trials.append(record)
+    if record.kept:
+        outcome.changes += first
+        for change in first:
+            told = _untried(laboratory.lookup(change.candidate), change, f"faster together, see {RULES}")
+            outcome.trials.append(replace(told, kept=True))
 
 
 def _first_look(subject: Subject, work: Work) -> Baseline:

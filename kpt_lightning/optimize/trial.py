@@ -82,12 +82,12 @@ def _numbers(laboratory: Laboratory, kept: Sequence[Change], change: Change, can
     verdict = compare(laboratory, [*kept, change], candidate.numerics, laboratory.baseline)
     if not verdict or not isinstance(candidate, SelfChecking):
         return verdict
-    checked = _self_check(laboratory, [*kept, change], candidate)
+    checked = self_check(laboratory, [*kept, change], candidate)
     return replace(checked, reason=f"{verdict.reason}; {checked.reason}")
 
 
-def _self_check(laboratory: Laboratory, changes: Sequence[Change], candidate: SelfChecking) -> Decision:
-    """Without compilation, which hides a model's insides."""
+def self_check(laboratory: Laboratory, changes: Sequence[Change], candidate: SelfChecking) -> Decision:
+    """What a candidate says of its own change, without compilation, which hides a model's insides."""
     subject = laboratory.subject
     with (
         laboratory.state(laboratory.eager(changes))(),

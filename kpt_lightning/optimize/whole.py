@@ -7,6 +7,7 @@ from dataclasses import replace
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.measure.interleave import Gain, measure_gain
 from kpt_lightning.optimize.baseline import Baseline
+from kpt_lightning.optimize.first_guess import RULES
 from kpt_lightning.optimize.guarded import guarded
 from kpt_lightning.optimize.laboratory import Laboratory
 from kpt_lightning.optimize.optimizer_steps import preserved_optimizer
@@ -79,7 +80,7 @@ def _measure_whole(laboratory: Laboratory, changes: Sequence[Change], steps: boo
 
 
 def _drop(outcome: Outcome, changes: Sequence[Change], record: TrialRecord, say: Say) -> None:
-    names = {change.candidate for change in changes}
+    names = {RULES, *(change.candidate for change in changes)}
     outcome.changes = [change for change in outcome.changes if change.candidate not in names]
     outcome.trials = [
         trial.refused(f"{trial.reason}, but together: {record.reason}", trial.ended)
