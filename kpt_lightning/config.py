@@ -22,7 +22,13 @@ class Level(StrEnum):
     """Also the output head in FP8."""
 
 
-PrecisionName = Literal["auto", "fp8", "bf16", "bf16-mixed", "32"]
+PrecisionName = Literal["auto", "fp8", "fp8-true", "bf16", "bf16-mixed", "32"]
+FP8_PRECISIONS = ("fp8", "fp8-true")
+"""Those that ask for FP8 by name."""
+BF16_WEIGHTS = ("bf16", "fp8-true")
+"""Those that cast the weights."""
+WITHOUT_FLOAT8 = {"fp8": "bf16-mixed", "fp8-true": "bf16"}
+"""What a model without layers in FP8 runs in."""
 ParallelName = Literal["auto", "single", "ddp", "fsdp2", "xla"]
 RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 Switch = Literal["auto"] | bool
@@ -78,7 +84,8 @@ class KptConfig(_Section):
     level: Level = Field(default=Level.BALANCED, strict=False)
     """What may change in the numbers."""
     precision: PrecisionName = "auto"
-    """fp8 and bf16-mixed keep fp32 master weights; bf16 casts the weights; auto picks by hardware and level."""
+    """fp8 and bf16-mixed keep fp32 master weights; fp8-true and bf16 cast them to bf16; auto picks by hardware and
+    level."""
     parallel: ParallelName = "auto"
     """auto is single for one device and ddp for several."""
     float8: Float8Config = Float8Config()
@@ -98,9 +105,9 @@ class KptConfig(_Section):
                 f"float8.{sorted(given)[0]}", f"would be ignored beside precision={self.precision!r}",
                 "Set precision to 'fp8' or 'auto', or remove the float8 section",
             )  # fmt: skip
-        if self.level is Level.CONSERVATIVE and self.precision == "fp8":
+        if self.level is Level.CONSERVATIVE and self.precision in FP8_PRECISIONS:
             _contradiction(
-                "precision", "'fp8' is not allowed at level 'conservative', which keeps the numbers",
+                "precision", f"{self.precision!r} is not allowed at level 'conservative', which keeps the numbers",
                 "Set level to 'balanced', or another precision",
             )  # fmt: skip
         if self.level is Level.CONSERVATIVE and given:
@@ -108,7 +115,7 @@ class KptConfig(_Section):
                 f"float8.{sorted(given)[0]}", "would be ignored at level 'conservative', which keeps the numbers",
                 "Set level to 'balanced', or remove the float8 section",
             )  # fmt: skip
-        if self.float8.emulate and self.precision != "fp8":
+        if self.float8.emulate and self.precision not in FP8_PRECISIONS:
             _contradiction(
                 "float8.emulate", f"emulation must be asked for; precision is {self.precision!r}",
                 "Set precision to 'fp8'",

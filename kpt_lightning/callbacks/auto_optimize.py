@@ -15,7 +15,7 @@ from typing_extensions import override
 from kpt_lightning.callbacks.trainer_work import TrainerWork, quiet, refuse_exchange
 from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import KptConfig, Level
+from kpt_lightning.config import WITHOUT_FLOAT8, KptConfig, Level
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.hardware import detect
 from kpt_lightning.optimize.arguments import check_search
@@ -262,7 +262,7 @@ def _base(plan: Plan | None) -> str:
     """The precision of the unchanged model under an engine of ours: what it would be without FP8."""
     if plan is None:
         return "32"
-    return "bf16-mixed" if plan.precision == "fp8" else plan.precision
+    return WITHOUT_FLOAT8.get(plan.precision, plan.precision)
 
 
 def _subject(

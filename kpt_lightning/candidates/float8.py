@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import Float8Config, KptConfig, Level
+from kpt_lightning.config import FP8_PRECISIONS, Float8Config, KptConfig, Level
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.precision.convert import convert_to_float8, decide_layers, float8_available, restore_linear
@@ -89,7 +89,7 @@ CANDIDATE = Float8()
 
 
 def _why_not(subject: Subject) -> str | None:
-    if subject.config.precision not in ("auto", "fp8"):
+    if subject.config.precision not in ("auto", *FP8_PRECISIONS):
         return f"precision={subject.config.precision!r} was asked for"
     if subject.compute_dtype is not torch.bfloat16 and not subject.config.float8.emulate:
         return f"the model runs in {subject.compute_dtype}; FP8 goes with bf16: use precision='bf16-mixed'"

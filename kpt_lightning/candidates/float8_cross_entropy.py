@@ -12,7 +12,7 @@ from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.compile_loss import LOSS_SLOT
 from kpt_lightning.candidates.linear_cross_entropy import FusedLoss, decide_head, join, part
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import Level
+from kpt_lightning.config import FP8_PRECISIONS, Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.optional import TRITON, OptionalPackage
 from kpt_lightning.precision.convert import float8_available
@@ -90,7 +90,7 @@ CANDIDATE = Float8CrossEntropy()
 
 def _why_not(subject: Subject) -> str | None:
     config, section = subject.config, subject.config.float8
-    if config.precision not in ("auto", "fp8"):
+    if config.precision not in ("auto", *FP8_PRECISIONS):
         return f"precision={config.precision!r} was asked for"
     if subject.compute_dtype is not torch.bfloat16 and not section.emulate:
         return f"the model runs in {subject.compute_dtype}; FP8 goes with bf16: use precision='bf16-mixed'"

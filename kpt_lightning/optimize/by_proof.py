@@ -43,7 +43,7 @@ def extended(plan: Plan, subject: Subject, work: Work | None = None) -> Plan:
     Raises:
         UnrestoredError: The model could not be put back.
     """
-    run = own_inputs(subject.model, subject.device, lambda: _context(subject)) if work is None else work
+    run = own_inputs(subject.model, subject.device, lambda: _context(subject, plan.precision)) if work is None else work
     if isinstance(run, Rejected):
         return replace(plan, choices=[*plan.choices, Rejected("float8 kernels", run.reason)])
     changes, choices = list(plan.changes), list(plan.choices)
@@ -110,6 +110,7 @@ def _asked(subject: Subject, kept: Sequence[Change], candidate: Candidate, work:
 
 
 @contextmanager
-def _context(subject: Subject) -> Iterator[None]:
-    with torch.autocast(subject.device.type, subject.compute_dtype), subject.forward_context(), torch.enable_grad():
+def _context(subject: Subject, precision: str) -> Iterator[None]:
+    kind, dtype = subject.device.type, subject.compute_dtype
+    with torch.autocast(kind, dtype, enabled=precision == "fp8"), subject.forward_context(), torch.enable_grad():
         yield

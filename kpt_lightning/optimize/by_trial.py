@@ -9,6 +9,7 @@ from kpt_lightning.candidates.candidate import Candidate
 from kpt_lightning.candidates.compile_blocks import decide_blocks
 from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.subject import Subject
+from kpt_lightning.config import WITHOUT_FLOAT8
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.optimize.batch_advice import advise_batch
 from kpt_lightning.optimize.first_guess import guess
@@ -81,7 +82,9 @@ def _precision(outcome: Outcome, given: str) -> str:
     names = {change.candidate for change in outcome.changes}
     if "autocast_bf16" in names and "float8" not in names:
         return "bf16-mixed"
-    return "fp8" if "float8" in names and given in ("32", "bf16-mixed") else given
+    if "float8" not in names:
+        return given
+    return {"32": "fp8", **{without: name for name, without in WITHOUT_FLOAT8.items()}}.get(given, given)
 
 
 def _layers(subject: Subject, outcome: Outcome) -> list[Decision]:

@@ -16,7 +16,7 @@ from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.inductor import GraphRuns, count_graph_runs
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import KptConfig
+from kpt_lightning.config import BF16_WEIGHTS, FP8_PRECISIONS, KptConfig
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import KptError, VerificationError
 from kpt_lightning.hardware import HardwareProfile, detect
@@ -33,8 +33,9 @@ from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 # With manual optimization, optimizer steps of other modules that may come before the first FP8 GEMM.
 _OTHERS_TURNS = 16
 
-HALF = {"bf16-mixed": torch.bfloat16, "fp8": torch.bfloat16, "bf16": torch.bfloat16, "bf16-true": torch.bfloat16,
-        "16-mixed": torch.float16, "16-true": torch.float16}  # fmt: skip
+HALF = dict.fromkeys(("bf16-mixed", "bf16", "bf16-true", *FP8_PRECISIONS), torch.bfloat16) | dict.fromkeys(
+    ("16-mixed", "16-true"), torch.float16
+)
 """Precisions by name, with the dtype that their matrix products run in; others run in fp32."""
 
 
@@ -148,7 +149,7 @@ class Engine:
             if plan.compiled_modules:
                 self._runs = self._counting.enter_context(count_graph_runs())
             # Last, because rounding cannot be undone.
-            if plan.precision == "bf16":
+            if plan.precision in BF16_WEIGHTS:
                 model.to(torch.bfloat16)
             self._undo = undo.pop_all()
         self._steps, self._idle, self._training = 0, 0, False
@@ -187,7 +188,7 @@ class Engine:
     def stop(self) -> None:
         """Undo everything; the modules are as the user made them.
 
-        The weights keep what they learned, and those that precision="bf16" cast stay bf16: what rounding took is gone.
+        The weights keep what they learned, and those that were cast to bf16 stay so: what rounding took is gone.
         """
         late = self._late_findings()
         self._undo.close()

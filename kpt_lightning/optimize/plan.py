@@ -21,7 +21,7 @@ class Plan:
     Attributes:
         config: The settings that it was made from.
         device: Name of the device.
-        precision: fp8, bf16, bf16-mixed, 32, or what the trainer was given.
+        precision: fp8, fp8-true, bf16, bf16-mixed, 32, or what the trainer was given.
         parallel: single, ddp or fsdp2.
         choices: Decisions about the whole run.
         layers: One decision for each linear layer, when FP8 was considered.

@@ -45,7 +45,7 @@ def adopted(plan: Plan, profile: HardwareProfile, *, parallel: Accepted | None, 
         UnsupportedHardwareError: It needs what this machine does not have.
     """
     # FP8 layers run under a trainer's bf16 autocast as well.
-    fits = (plan.precision, "bf16-mixed" if plan.precision == "fp8" else plan.precision)
+    fits = (plan.precision, {"fp8": "bf16-mixed", "fp8-true": "bf16-true"}.get(plan.precision, plan.precision))
     if given_precision is not None and given_precision not in fits:
         raise ConfigError(
             "plan", f"precision {plan.precision}", f"contradicts the trainer's own precision {given_precision!r}",

@@ -9,7 +9,7 @@ from kpt_lightning.candidates.compile_blocks import decide_blocks, is_compiled
 from kpt_lightning.candidates.compile_loss import decide_loss
 from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.key_value_cache import decide_cache
-from kpt_lightning.config import KptConfig, Level
+from kpt_lightning.config import BF16_WEIGHTS, FP8_PRECISIONS, KptConfig, Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
@@ -31,7 +31,7 @@ def check_explicit(config: KptConfig, profile: HardwareProfile) -> None:
     Raises:
         UnsupportedHardwareError: FP8 was asked for, is not emulated, and there is no unit for it.
     """
-    if config.precision != "fp8":
+    if config.precision not in FP8_PRECISIONS:
         return
     verdict = float8_available(config.float8, profile)
     if not verdict:
@@ -84,7 +84,7 @@ def _changes(plan: Plan) -> list[Change]:
     layers = [layer.subject for layer in plan.layers if layer]
     blocks = [block.subject for block in plan.blocks if block]
     changes: list[Change] = []
-    if plan.precision == "fp8" and layers:
+    if plan.precision in FP8_PRECISIONS and layers:
         setting = {"recipe": plan.config.float8.recipe, "layers": layers}
         changes.append(Change(candidate="float8", setting=setting, reason="by rules"))
     if plan.accepts("compile blocks"):
@@ -102,19 +102,23 @@ def _choose_precision(
         plan.choices.append(Accepted(f"precision {given_precision}", "the trainer's own setting"))
         return
     asked = plan.config.precision
-    if asked in ("auto", "fp8"):
+    if asked in ("auto", *FP8_PRECISIONS):
         plan.layers = decide_layers(model, with_head(plan.config))
         verdict = _float8(plan, profile, compiled)
         plan.choices.append(verdict)
         if not verdict:
             plan.layers = _unused(plan.layers, "FP8 is not used")
-        plan.precision = "fp8" if verdict else _without_float8(plan, profile)
+        used = "fp8" if asked == "auto" else asked
+        plan.precision = used if verdict else _without_float8(plan, profile)
     else:
         plan.precision = asked
     reason = ASKED if asked == plan.precision else "chosen for this hardware"
-    if asked in ("bf16", "bf16-mixed") and not (unit := profile.supports("bf16")):
+    if asked in (*BF16_WEIGHTS, "bf16-mixed") and not (unit := profile.supports("bf16")):
         reason += f", though it is slow here: {unit.reason}"
-    masters = {"fp8": "; fp32 master weights, bf16 autocast", "bf16-mixed": "; fp32 master weights"}
+    masters = {
+        "fp8": "; fp32 master weights, bf16 autocast", "fp8-true": "; bf16 weights",
+        "bf16-mixed": "; fp32 master weights",
+    }  # fmt: skip
     plan.choices.append(Accepted(f"precision {plan.precision}", reason + masters.get(plan.precision, "")))
 
 
@@ -127,7 +131,7 @@ def _float8(plan: Plan, profile: HardwareProfile, compiled: bool) -> Decision:
     """Whether FP8 is used at all."""
     verdict = float8_available(plan.config.float8, profile)
     accepted = sum(1 for layer in plan.layers if layer)
-    if plan.config.precision == "fp8":
+    if plan.config.precision in FP8_PRECISIONS:
         if not accepted:
             reasons = "; ".join(sorted({layer.reason for layer in plan.layers})[:3]) or "the model has no linear layer"
             raise UnsupportedHardwareError(

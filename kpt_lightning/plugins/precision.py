@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from kpt_lightning.config import CompileConfig, KptConfig
+from kpt_lightning.config import BF16_WEIGHTS, FP8_PRECISIONS, CompileConfig, KptConfig
 from kpt_lightning.optimize.engine import Engine
 from kpt_lightning.optimize.plan import Plan
 
@@ -41,7 +41,7 @@ class _EnginePrecision:
         """Check the settings; no device is touched.
 
         Args:
-            precision: auto, fp8, bf16, bf16-mixed or 32.
+            precision: auto, fp8, fp8-true, bf16, bf16-mixed or 32.
             config: Settings, or the path of a YAML file.
             float8: The float8 section alone.
             device_type: "cuda" or "cpu". None means the Trainer's, and with Fabric, which does not tell, CUDA where
@@ -95,7 +95,7 @@ class _EnginePrecision:
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """bf16 creates its weights in bf16; the others create them as they would be without us."""
-        return _DtypeContextManager(torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return _DtypeContextManager(torch.bfloat16) if self.precision in BF16_WEIGHTS else nullcontext()
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         """As :meth:`tensor_init_context`."""
@@ -103,7 +103,7 @@ class _EnginePrecision:
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Autocast where the plan says so; bf16 creates tensors in bf16, as Lightning's bf16-true does."""
-        if self.precision != "bf16":
+        if self.precision not in BF16_WEIGHTS:
             return self.engine.autocast()
         stack = ExitStack()
         stack.enter_context(self.tensor_init_context())
@@ -112,7 +112,7 @@ class _EnginePrecision:
 
     def convert_input(self, data: Any) -> Any:
         """bf16 casts floating-point inputs as Lightning's bf16-true does; integers stay."""
-        if self.precision != "bf16":
+        if self.precision not in BF16_WEIGHTS:
             return data
         return apply_to_collection(data, function=_convert_fp_tensor, dtype=Tensor, dst_type=torch.bfloat16)
 
@@ -146,7 +146,7 @@ class KptFabricPrecision(_EnginePrecision, FabricPrecision):  # type: ignore[mis
 
     def convert_output(self, data: Any) -> Any:
         """Outputs come back in the default dtype, as with Lightning's bf16-mixed and bf16-true."""
-        if self.precision not in ("fp8", "bf16-mixed", "bf16"):
+        if self.precision not in ("bf16-mixed", "bf16", *FP8_PRECISIONS):
             return data
         return apply_to_collection(data, function=_convert_fp_tensor, dtype=Tensor, dst_type=torch.get_default_dtype())
 

@@ -40,7 +40,7 @@ class KptLeaf:
         Args:
             config: Settings, or the path of a YAML file.
             level: conservative, balanced or aggressive.
-            precision: auto, fp8, bf16, bf16-mixed or 32.
+            precision: auto, fp8, fp8-true, bf16, bf16-mixed or 32.
             lightning: Arguments of Lightning's own strategy.
 
         Raises:

@@ -65,7 +65,7 @@ class KptSingleDevice(TrainerLeaf, SingleDeviceStrategy):
             device: None takes the one that the Trainer chooses.
             config: Settings, or the path of a YAML file.
             level: conservative, balanced or aggressive.
-            precision: auto, fp8, bf16, bf16-mixed or 32.
+            precision: auto, fp8, fp8-true, bf16, bf16-mixed or 32.
             lightning: Arguments of Lightning's SingleDeviceStrategy.
         """
         super().__init__(config, level=level, precision=precision, device=device or "cpu", **lightning)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from pydantic import BaseModel
 
-from kpt_lightning.config import CompileConfig, Float8Config, KptConfig
+from kpt_lightning.config import BF16_WEIGHTS, FP8_PRECISIONS, CompileConfig, Float8Config, KptConfig
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.hardware import HardwareProfile
 from kpt_lightning.validation.findings import Findings
@@ -51,11 +51,11 @@ def _taken(name: str, config: KptConfig, profile: HardwareProfile) -> Decision:
 
 
 def _precision(name: str, config: KptConfig, profile: HardwareProfile) -> Decision:
-    if config.precision == "fp8":
+    if config.precision in FP8_PRECISIONS:
         verdict = _float8_unit(config, profile)
         step = "set precision='auto' to use what is there, or float8.emulate=True for the numbers without the speed"
         return Accepted(name, verdict.reason) if verdict else Rejected(name, f"{verdict.reason}: {step}")
-    if config.precision in ("bf16", "bf16-mixed") and not (unit := profile.supports("bf16")):
+    if config.precision in (*BF16_WEIGHTS, "bf16-mixed") and not (unit := profile.supports("bf16")):
         return Accepted(name, f"takes effect, and is slow here: {unit.reason}")
     return _taken(name, config, profile)
 
@@ -64,7 +64,7 @@ def _float8(name: str, config: KptConfig, profile: HardwareProfile) -> Decision:
     verdict = _float8_unit(config, profile)
     if verdict:
         return Accepted(name, f"{_value(name, config)!s}; {verdict.reason}")
-    if config.precision == "fp8":
+    if config.precision in FP8_PRECISIONS:
         return Rejected(name, f"FP8 cannot run here: {verdict.reason}")
     return Rejected(name, f"is ignored, for precision='auto' takes no FP8 here: {verdict.reason}; remove it")
 

@@ -116,12 +116,15 @@ def trained(strategy: Any) -> tuple[Language, Trainer]:
     return module, trainer
 
 
-def test_a_trainer_with_kpt_strategy_trains_through_them_and_proves_it() -> None:
-    config = {"precision": "fp8", "level": "aggressive", "float8": EMULATED}
+@pytest.mark.parametrize(("precision", "weights"), [("fp8", torch.float32), ("fp8-true", torch.bfloat16)])
+def test_a_trainer_with_kpt_strategy_trains_through_them_and_proves_it(precision: str, weights: torch.dtype) -> None:
+    config = {"precision": precision, "level": "aggressive", "float8": EMULATED}
     module, trainer = trained(KptStrategy(config))
+    assert {each.dtype for each in module.parameters()} == {weights}
     plan: Any = trainer.strategy.plan  # type: ignore[attr-defined]
     names = {change.candidate for change in plan.changes}
     assert names == {"float8", "float8_mlp", "float8_siblings", "float8_cross_entropy"}
+    assert plan.precision == precision
     assert all(plan.explain("fp8 calls")), plan.proofs
     plain, _ = trained("auto")
     assert module.losses == pytest.approx(plain.losses, rel=0.01)
