@@ -21,8 +21,8 @@ from cpu_models import MODELS
 from results_table import Run, fresh_process, load_runs, train, write_dated
 
 VARIANTS = (
-    "plain", "torchao-bf16-true", "kpt", "kpt-aggressive", "kpt-trial", "plain-trial", "user-compiled",
-    "user-compiled-trial",
+    "plain", "plain-bf16-true", "torchao-bf16-true", "torchao-bf16-mixed", "kpt", "kpt-aggressive", "kpt-true",
+    "kpt-true-aggressive", "kpt-trial", "plain-trial", "user-compiled", "user-compiled-trial",
 )  # fmt: skip
 TABLES: dict[str, Callable[[list[Run]], str]] = {"cpu": cpu_table, "null": null_table, "h200": gpu_table}
 

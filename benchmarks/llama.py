@@ -1,7 +1,7 @@
 """A causal language model of a Llama shape in a plain LightningModule, and its data. Knows nothing of kpt_lightning."""
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,16 @@ SHAPES = {
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, rms_norm_eps=1e-5,
     ),
+    # https://huggingface.co/meta-llama/Llama-3.2-3B/blob/main/config.json
+    "3b": dict(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, rms_norm_eps=1e-5,
+    ),
+    # https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
+    "8b": dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, rms_norm_eps=1e-5,
+    ),
     "tiny": dict(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-5,
@@ -26,14 +36,21 @@ SHAPES = {
 class CausalLM(LightningModule):
     """What a user writes: a transformers model, its own loss, AdamW."""
 
-    def __init__(self, shape: str, learning_rate: float, vocab_size: int | None = None, warmup: int = 0) -> None:
+    def __init__(
+        self, shape: str, learning_rate: float, vocab_size: int | None = None, warmup: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         super().__init__()
         settings = dict(SHAPES[shape], max_position_embeddings=131072, use_cache=False)
         if vocab_size is not None:
             settings["vocab_size"] = vocab_size
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            self.model = LlamaForCausalLM(LlamaConfig(**settings))
+            self.model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
         self.learning_rate, self.warmup = learning_rate, warmup
+
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """The repeated ones."""
+        return self.model.model.layers
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         return self.model(input_ids=batch, labels=batch).loss

@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from encoders import ENCODERS, Encoder, sample_loader
 from lightning.pytorch import Callback, Trainer, seed_everything
 from llama import SHAPES, CausalLM, random_loader, text_loaders
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "plain-compiled-blocks": None,
+    "plain-bf16-true": None,
     "torchao-bf16-true": None,
+    "torchao-bf16-mixed": None,
     "kpt": {},
     "kpt-aggressive": {"level": "aggressive"},
+    "kpt-true": {"precision": "fp8-true"},
+    "kpt-true-aggressive": {"precision": "fp8-true", "level": "aggressive"},
     "kpt-rowwise": {"precision": "fp8", "float8": {"recipe": "rowwise"}},
     "kpt-rowwise_with_gw_hp": {"precision": "fp8", "float8": {"recipe": "rowwise_with_gw_hp"}},
     "kpt-bf16-mixed": {"precision": "bf16-mixed"},
@@ -75,15 +80,7 @@ def main() -> None:
     options = parse()
     seed_everything(options.seed)
     torch.set_float32_matmul_precision("high")
-    vocab_size = options.vocab_size or SHAPES[options.shape]["vocab_size"]
-    module = CausalLM(options.shape, options.learning_rate, vocab_size, options.warmup)
-    held_out = None
-    if options.text is None:
-        loader = random_loader(vocab_size, options.batch, options.length, options.steps)
-    else:
-        loader, held_out = text_loaders(
-            options.text, vocab_size, options.batch, options.length, options.steps, options.held_out
-        )
+    module, loader, held_out = make_work(options)
     clock = Clock(options.steps - 3 if options.profile else None)
     trainer = make_trainer(options, module, clock)
     start = time.perf_counter()
@@ -94,7 +91,7 @@ def main() -> None:
     )
     report = {
         "variant": options.variant, "shape": options.shape, "batch": options.batch, "length": options.length,
-        "vocab_size": vocab_size, "seed": options.seed, "steps": options.steps,
+        "vocab_size": options.vocab_size, "seed": options.seed, "steps": options.steps,
         "step_ms": clock.milliseconds(options.skip), "fit_seconds": seconds,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
         "losses": [float(loss) for loss in clock.losses],
@@ -118,7 +115,22 @@ def main() -> None:
         print(plan.summary(), [proof.reason for proof in plan.proofs], flush=True)
 
 
-def make_trainer(options: argparse.Namespace, module: CausalLM, clock: Clock) -> Trainer:
+def make_work(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Module, loader, and the loader of held-out text where there is text."""
+    if options.shape in ENCODERS:
+        loader: Any = sample_loader(options.shape, options.batch, options.length, options.steps)
+        return Encoder(options.shape, options.learning_rate), loader, None
+    vocab_size = options.vocab_size or SHAPES[options.shape]["vocab_size"]
+    # fp32 weights of the largest shape and their cast do not fit beside each other.
+    dtype = torch.bfloat16 if "-true" in options.variant else torch.float32
+    module = CausalLM(options.shape, options.learning_rate, vocab_size, options.warmup, dtype)
+    if options.text is None:
+        return module, random_loader(vocab_size, options.batch, options.length, options.steps), None
+    texts = text_loaders(options.text, vocab_size, options.batch, options.length, options.steps, options.held_out)
+    return module, *texts
+
+
+def make_trainer(options: argparse.Namespace, module: Any, clock: Clock) -> Trainer:
     common: dict[str, Any] = dict(
         max_epochs=1, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -132,12 +144,13 @@ def make_trainer(options: argparse.Namespace, module: CausalLM, clock: Clock) ->
         module.model.compile()
     if options.variant.startswith(("plain", "user-compiled")):
         if options.variant == "plain-compiled-blocks":
-            for block in module.model.model.layers:
+            for block in module.blocks():
                 block.compile()
-        return Trainer(precision="bf16-mixed", callbacks=[*trial, clock], **common)
-    if options.variant == "torchao-bf16-true":
+        precision = "bf16-true" if options.variant == "plain-bf16-true" else "bf16-mixed"
+        return Trainer(precision=precision, callbacks=[*trial, clock], **common)
+    if options.variant.startswith("torchao"):
         torchao_tensorwise(module)
-        return Trainer(precision="bf16-true", callbacks=[clock], **common)
+        return Trainer(precision=options.variant.removeprefix("torchao-"), callbacks=[clock], **common)
     from kpt_lightning import KptStrategy, RegressionCallback
 
     callbacks = (
@@ -148,13 +161,16 @@ def make_trainer(options: argparse.Namespace, module: CausalLM, clock: Clock) ->
     return Trainer(strategy=KptStrategy(VARIANTS[options.variant]), callbacks=callbacks, **common)
 
 
-def torchao_tensorwise(module: CausalLM) -> None:
-    """The best peer known: FP8 linears of torchao, each block compiled, bf16 weights."""
+def torchao_tensorwise(module: Any) -> None:
+    """The best peer known: FP8 linears of torchao, each block compiled."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name("tensorwise")
-    convert_to_float8_training(module.model, config=config, module_filter_fn=lambda _, name: "lm_head" not in name)
-    for block in module.model.model.layers:
+    heads = ("lm_head", "classifier", "cls")
+    convert_to_float8_training(
+        module.model, config=config, module_filter_fn=lambda _, name: not any(head in name for head in heads)
+    )
+    for block in module.blocks():
         block.compile()
 
 
@@ -183,7 +199,7 @@ def environment() -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--shape", choices=[*SHAPES, *ENCODERS], default="1b")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=30)

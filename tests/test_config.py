@@ -54,7 +54,10 @@ def test_overrides_replace_fields_and_none_is_no_override() -> None:
     ("data", "message"),
     [
         ({"compile": {"blocks": "yes"}}, "compile.blocks='yes': is not allowed. Allowed: 'auto', true or false."),
-        ({"precision": 32}, "precision=32: is not allowed. Allowed: 'auto', 'fp8', 'fp8-true', 'bf16', 'bf16-mixed' or '32'."),
+        (
+            {"precision": 32},
+            "precision=32: is not allowed. Allowed: 'auto', 'fp8', 'fp8-true', 'bf16', 'bf16-mixed' or '32'.",
+        ),
         ({"level": "max"}, "level='max': is not allowed. Allowed: 'conservative', 'balanced' or 'aggressive'."),
         ({"float8": {"emulate": 1}}, "float8.emulate=1: is not allowed. Allowed: true or false."),
         ({"float8": {"exclude": "head"}}, "float8.exclude='head': is not allowed. Allowed: a list of strings."),

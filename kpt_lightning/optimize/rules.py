@@ -36,8 +36,8 @@ def check_explicit(config: KptConfig, profile: HardwareProfile) -> None:
     verdict = float8_available(config.float8, profile)
     if not verdict:
         raise UnsupportedHardwareError(
-            f"precision='fp8' was asked for, and {verdict.reason}. Set precision='auto' to use what is there, or "
-            "float8.emulate=True for the same numbers in fp32 arithmetic"
+            f"precision={config.precision!r} was asked for, and {verdict.reason}. Set precision='auto' to use what is "
+            "there, or float8.emulate=True for the same numbers in fp32 arithmetic"
         )
 
 
@@ -135,8 +135,8 @@ def _float8(plan: Plan, profile: HardwareProfile, compiled: bool) -> Decision:
         if not accepted:
             reasons = "; ".join(sorted({layer.reason for layer in plan.layers})[:3]) or "the model has no linear layer"
             raise UnsupportedHardwareError(
-                f"precision='fp8' was asked for, and none of {len(plan.layers)} linear layers can run in it: "
-                f"{reasons}. Widen float8.include, set float8.only_where_it_pays=False, or set precision='auto'"
+                f"precision={plan.config.precision!r} was asked for, and none of {len(plan.layers)} linear layers can run "
+                f"in it: {reasons}. Widen float8.include, set float8.only_where_it_pays=False, or set precision='auto'"
             )
         return verdict
     if plan.config.level is Level.CONSERVATIVE:

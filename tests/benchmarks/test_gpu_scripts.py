@@ -16,9 +16,12 @@ def test_what_no_kernel_covers_is_a_gap_named_by_its_neighbours() -> None:
     from step_gaps import PROFILED, read_gaps
 
     # Microseconds; the second overlaps the first, on another stream, and ends the later.
-    found = read_gaps([(0, 1000, "a"), (500, 1500, "b"), (2500, 3000, "c"), (3000, 4000, "a"), (4200, 4300, "c")])
+    found = read_gaps(
+        [(0, 1000, "a"), (500, 1500, "b"), (2500, 3000, "c"), (3000, 4000, "a"), (4200, 4300, "c")], PROFILED
+    )
     assert found["span_ms"] == pytest.approx(4.3 / PROFILED)
     assert found["idle_ms"] == pytest.approx(1.2 / PROFILED)
+    assert found["kernels"][0] == ("a", 2 / PROFILED, pytest.approx(2.0 / PROFILED))
     gaps = {(before, after): (count, total, longest) for before, after, count, total, longest in found["gaps"]}
     assert gaps["b", "c"] == pytest.approx((1 / PROFILED, 1.0 / PROFILED, 1.0))
     assert gaps["a", "c"] == pytest.approx((1 / PROFILED, 0.2 / PROFILED, 0.2))

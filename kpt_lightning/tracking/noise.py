@@ -1,0 +1,117 @@
+"""Noise between runs: its scale without the outliers, and its memory.
+
+All functions take many series at once, one a row, as histories are judged in windows.
+
+Sources:
+    Winsorising: Tukey and McLaughlin 1963, https://www.jstor.org/stable/25049278; cut at 2.5 robust sigmas
+    Bias of a lag-1 autocorrelation in short series: Kendall 1954, https://doi.org/10.1093/biomet/41.3-4.403
+    Likelihood of an AR(1) series: https://en.wikipedia.org/wiki/Autoregressive_model
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_lightning.measure.statistics import MAD_TO_SIGMA
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.intp]
+
+CUT = 2.5
+"""Values further than this many robust sigmas from their level are pulled in to it: 1.2 % of normal values."""
+
+CUT_TO_SIGMA = 1.0114
+"""Standard deviation of normal data over that of the same data cut at 2.5 sigma, by the normal integral."""
+
+AUTOCORRELATIONS = (0.3, 0.5, 0.7, 0.9)
+"""Lag-1 autocorrelations of the noise that a step must beat; 0.9 stands for slow drifts."""
+
+
+def checked(name: str, values: Sequence[float], least: int) -> Array:
+    """The values as an array.
+
+    Raises:
+        ValueError: They are not one row of finite numbers, or fewer than ``least``.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} of shape {array.shape}: must be one row of numbers, one for each run.")
+    if len(array) < least:
+        raise ValueError(f"{name} of {len(array)} values: needs at least {least}, one for each run.")
+    bad = np.flatnonzero(~np.isfinite(array))
+    if len(bad):
+        where = int(bad[0])
+        raise ValueError(f"{name}[{where}]={array[where]!r}: must be finite. Leave out runs that gave no number.")
+    return array
+
+
+def side_medians(rows: Array, index: Counts) -> tuple[Array, Array]:
+    """Medians before and from ``index`` on, one column each; ``index`` has one entry a row, inside the row."""
+    after = np.arange(rows.shape[1]) >= index[:, None]
+    return _masked_median(rows, ~after), _masked_median(rows, after)
+
+
+def _masked_median(rows: Array, mask: NDArray[np.bool_]) -> Array:
+    count = mask.sum(1)
+    ordered = np.sort(np.where(mask, rows, np.inf), axis=1)
+    place = np.arange(len(rows))
+    return np.asarray((ordered[place, (count - 1) // 2] + ordered[place, count // 2])[:, None] / 2)
+
+
+def scale_around(residuals: Array, levels: int) -> Array:
+    """Robust standard deviation of each row, one column, after ``levels`` levels were taken off.
+
+    The first guess is 1.4826 MAD; where more than half of a row is exactly its level, the plain deviation. The result
+    is the deviation of the residuals cut at 2.5 first guesses, which wastes less data than the MAD.
+    """
+    degrees = max(residuals.shape[1] - levels, 1)
+    plain = np.sqrt((residuals**2).sum(1, keepdims=True) / degrees)
+    first = MAD_TO_SIGMA * np.median(np.abs(residuals), axis=1, keepdims=True) * math.sqrt(residuals.shape[1] / degrees)
+    limit = CUT * np.where(first > 0.0, first, plain)
+    cut = np.clip(residuals, -limit, limit)
+    return np.asarray(CUT_TO_SIGMA * np.sqrt((cut**2).sum(1, keepdims=True) / degrees))
+
+
+def winsorised(rows: Array, index: Counts) -> tuple[Array, Array]:
+    """Rows whose outliers are pulled in to 2.5 sigmas outside the two levels, and sigma.
+
+    Cutting outside both levels, and not around each one, leaves the place of the step open.
+    """
+    before, after = side_medians(rows, index)
+    sigma = scale_around(rows - np.where(np.arange(rows.shape[1]) >= index[:, None], after, before), 2)
+    low, high = np.minimum(before, after), np.maximum(before, after)
+    return np.clip(rows, low - CUT * sigma, high + CUT * sigma), sigma
+
+
+def autocorrelation(residuals: Array) -> float:
+    """Lag-1 autocorrelation of one row, corrected for the bias ``-(1 + 3 r) / n`` of short series, 0 to 0.9."""
+    total = float(residuals @ residuals)
+    if total == 0.0:
+        return 0.0
+    raw = float(residuals[1:] @ residuals[:-1]) / total
+    return min(max(raw + (1 + 3 * raw) / len(residuals), 0.0), 0.9)
+
+
+def step_over_memory(rows: Array, residual: Array) -> Array:
+    """Log likelihood ratio of a step in white noise to autocorrelated noise without a step, one entry a row.
+
+    Autocorrelated noise wanders and so fakes steps. Its likelihood is the best of an AR(1) process with each of
+    :data:`AUTOCORRELATIONS`, its mean and variance fitted.
+
+    Args:
+        rows: Winsorised series.
+        residual: Sum of squares of each row that the best step leaves, positive.
+    """
+    n = rows.shape[1]
+    best = np.full(len(rows), np.inf)
+    for rho in AUTOCORRELATIONS:
+        first = math.sqrt(1 - rho * rho)
+        white = np.concatenate([first * rows[:, :1], rows[:, 1:] - rho * rows[:, :-1]], axis=1)
+        weight = np.full(n, 1 - rho)
+        weight[0] = first
+        mean = white @ weight / (weight @ weight)
+        left = ((white - mean[:, None] * weight) ** 2).sum(1)
+        best = np.minimum(best, n / 2 * np.log(np.maximum(left, residual) / residual) - math.log(first))
+    return best
