@@ -30,7 +30,9 @@ AUTOCORRELATIONS = (0.3, 0.5, 0.7, 0.9)
 
 
 def checked(name: str, values: Sequence[float], least: int) -> Array:
-    """The values as an array.
+    """The values as an array, scaled by a power of two into -1 to 1.
+
+    Such a factor changes no digit and no relative shift, and keeps squares of huge and tiny values in range.
 
     Raises:
         ValueError: They are not one row of finite numbers, or fewer than ``least``.
@@ -44,7 +46,7 @@ def checked(name: str, values: Sequence[float], least: int) -> Array:
     if len(bad):
         where = int(bad[0])
         raise ValueError(f"{name}[{where}]={array[where]!r}: must be finite. Leave out runs that gave no number.")
-    return array
+    return np.asarray(np.ldexp(array, -int(np.frexp(np.abs(array).max(initial=0.0))[1])))
 
 
 def side_medians(rows: Array, index: Counts) -> tuple[Array, Array]:
