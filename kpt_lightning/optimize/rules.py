@@ -136,7 +136,8 @@ def _float8(plan: Plan, profile: HardwareProfile, compiled: bool) -> Decision:
             reasons = "; ".join(sorted({layer.reason for layer in plan.layers})[:3]) or "the model has no linear layer"
             raise UnsupportedHardwareError(
                 f"precision={plan.config.precision!r} was asked for, and none of {len(plan.layers)} linear layers can "
-                f"run in it: {reasons}. Widen float8.include, set float8.only_where_it_pays=False, or set precision='auto'"
+                f"run in it: {reasons}. Widen float8.include, set float8.only_where_it_pays=False, or set "
+                "precision='auto'"
             )
         return verdict
     if plan.config.level is Level.CONSERVATIVE:

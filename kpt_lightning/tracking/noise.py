@@ -22,6 +22,9 @@ Counts = NDArray[np.intp]
 CUT = 2.5
 """Values further than this many robust sigmas from their level are pulled in to it: 1.2 % of normal values."""
 
+NEIGHBOURS = 3
+"""Runs on each side that tell whether a value stands alone; their median outvotes one more outlier."""
+
 CUT_TO_SIGMA = 1.0114
 """Standard deviation of normal data over that of the same data cut at 2.5 sigma, by the normal integral."""
 
@@ -77,14 +80,28 @@ def scale_around(residuals: Array, levels: int) -> Array:
 
 
 def winsorised(rows: Array, index: Counts) -> tuple[Array, Array]:
-    """Rows whose outliers are pulled in to 2.5 sigmas outside the two levels, and sigma.
+    """Rows whose outliers are pulled in to 2.5 sigmas, and sigma as one column.
 
-    Cutting outside both levels, and not around each one, leaves the place of the step open.
+    The limit lies 2.5 sigmas outside both levels and outside the medians of the three runs before and the three after,
+    not around the level of a side: a value is an outlier only when neither what came before nor what followed is like
+    it, so the place of the step is left open.
     """
     before, after = side_medians(rows, index)
     sigma = scale_around(rows - np.where(np.arange(rows.shape[1]) >= index[:, None], after, before), 2)
     low, high = np.minimum(before, after), np.maximum(before, after)
-    return np.clip(rows, low - CUT * sigma, high + CUT * sigma), sigma
+    calm = np.clip(rows, low - CUT * sigma, high + CUT * sigma)
+    nearby = _median_of_next_three(rows)
+    earlier, later, inside = nearby[:, : -NEIGHBOURS - 1], nearby[:, NEIGHBOURS + 1 :], slice(NEIGHBOURS, -NEIGHBOURS)
+    least = np.minimum(earlier, later) - CUT * sigma
+    most = np.maximum(earlier, later) + CUT * sigma
+    calm[:, inside] = np.clip(calm[:, inside], least, most)
+    return calm, sigma
+
+
+def _median_of_next_three(rows: Array) -> Array:
+    first, second, third = rows[:, :-2], rows[:, 1:-1], rows[:, 2:]
+    lower, upper = np.minimum(first, second), np.maximum(first, second)
+    return np.asarray(np.maximum(lower, np.minimum(upper, third)))
 
 
 def autocorrelation(residuals: Array) -> float:

@@ -1,0 +1,62 @@
+"""Critical values of the change-point detector, calibrated by simulation.
+
+``benchmarks/calibrate_detector.py`` prints every number of this file again and the false-alarm rates they give.
+"""
+
+import math
+
+import numpy as np
+
+LEVEL = 0.01
+"""False alarms of one look by ranks alone, up to :data:`REFERENCE` runs."""
+
+REFERENCE = 30
+"""Runs at which the level is largest. Later looks at a growing history share a budget, so the level falls as 1 / n^2,
+whose sum over all later looks is finite (alpha spending: Lan and DeMets 1983, https://doi.org/10.1093/biomet/70.3.659).
+"""
+
+RANK_LEVELS = (1e-2, 1e-3, 1e-4)
+RANK_QUANTILES = {
+    8: (2.239, 2.239, 2.239),
+    10: (2.453, 2.520, 2.520),
+    12: (2.586, 2.771, 2.771),
+    15: (2.718, 3.028, 3.100),
+    20: (2.827, 3.233, 3.454),
+    25: (2.905, 3.353, 3.686),
+    30: (2.952, 3.436, 3.755),
+    40: (3.021, 3.529, 3.937),
+    50: (3.055, 3.590, 4.030),
+    60: (3.093, 3.639, 4.072),
+}
+"""Upper quantiles of ``rank_statistic.best_split`` for n exchangeable values, 300,000 series each."""
+
+MEMORY_EVIDENCE = 5.3
+"""Log likelihood ratio of a step to an AR(1) noise at :data:`REFERENCE` runs. A ratio of e^x happens by chance with a
+probability of the order e^-x however often one looks (Ville's inequality); the rest is for the choice of the place."""
+
+MEMORY_SLOPE = 5.5
+"""More evidence asked per unit of |log(n / 30)|: few runs cannot tell memory from a step, many are looked at again."""
+
+PLACE_MASS = 0.72
+"""Posterior probability that the place is right to within two, below which a change is not reported yet."""
+
+
+def critical_rank(n: int, looks: int = 1) -> float:
+    """Value that the rank statistic of ``n`` runs must exceed when ``looks`` windows are judged at once.
+
+    Log-linear between the sizes and the levels of :data:`RANK_QUANTILES`, and beyond the smallest level.
+    """
+    level = LEVEL * min(1.0, (REFERENCE / n) ** 2) / looks
+    sizes = list(RANK_QUANTILES)
+    at = [
+        float(np.interp(math.log(n), np.log(sizes), [RANK_QUANTILES[size][column] for size in sizes]))
+        for column in range(len(RANK_LEVELS))
+    ]
+    right = 1 if level >= RANK_LEVELS[1] else 2
+    share = math.log(level / RANK_LEVELS[right - 1]) / math.log(RANK_LEVELS[right] / RANK_LEVELS[right - 1])
+    return at[right - 1] + share * (at[right] - at[right - 1])
+
+
+def critical_evidence(n: int, looks: int = 1) -> float:
+    """Log likelihood ratio to memory that ``n`` runs must exceed; the odds of ``looks`` windows add up."""
+    return MEMORY_EVIDENCE + MEMORY_SLOPE * abs(math.log(n / REFERENCE)) + math.log(looks)
