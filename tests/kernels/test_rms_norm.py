@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpt_lightning.validation.numerics import sqnr_db
+from kpt_lightning.validation.numerics import relative_error, sqnr_db
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 from triton.runtime import interpreter
@@ -173,7 +173,11 @@ def test_inputs_are_read_by_their_strides(device: str) -> None:
         )
         found += backward(other, x, weight, grad_summed=other[:1].expand(37, 48))
         expected += backward(other_dense, dense, weight, grad_summed=other_dense[:1].repeat(37, 1))
-        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+        # A GPU adds in an order that follows the strides: the last bit of a sum, and where FP8 rounds it, may differ.
+        for one, other in zip(found, expected, strict=True):
+            eight_bits = one.dtype.itemsize == 1
+            assert relative_error(other.float(), one.float()) < (2e-2 if eight_bits else 1e-5)
+            assert (one.float() != other.float()).float().mean() <= 0.01 or not eight_bits
 
 
 @on_device
