@@ -73,7 +73,7 @@ class Float8Siblings:
         if isinstance(run, Rejected):
             return [Rejected(self.name, run.reason)]
         with preserved(subject.model), subject.forward_context(), torch.enable_grad():
-            found = attempt(lambda: siblings_with_one_input(subject.model, run))
+            found = attempt(lambda: siblings_with_one_input(subject.model, run, wrapped=True))
         if isinstance(found, Failure):
             return [Rejected(self.name, f"the model did not run a second time: {found.text}")]
         groups = _groups(subject, found.value)
@@ -125,14 +125,25 @@ def _groups(subject: Subject, siblings: list[list[str]]) -> list[list[str]]:
     # What is too small for FP8 by itself costs nothing beside another.
     section = subject.config.float8.model_copy(update={"only_where_it_pays": False})
     small = {each.subject for each in decide_layers(subject.model, section) if each}
-    groups = []
+    groups: list[list[str]] = []
+    taken: set[str] = set()
     for names in siblings:
-        group = [name for name in names if name in small or isinstance(modules[name], Float8Linear)]
-        if _why_not(group, modules) is None:
-            groups.append(group)
-    taken = {name for group in groups for name in group}
+        fit = [name for name in names if name in small or isinstance(modules[name], Float8Linear)]
+        for group in _alike(fit, modules):
+            if len(group) > 1 and not taken & set(group) and _why_not(group, modules) is None:
+                groups.append(group)
+                taken |= set(group)
     alone = [name for name in modules if name not in taken and name in subject.calls]
     return groups + [[name] for name in alone if _why_not([name], modules) is None]
+
+
+def _alike(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Apart by dtype and by whether they are trained: of a LoRA the base is frozen, and its adapters read the same."""
+    kinds: dict[tuple[torch.dtype, bool], list[str]] = {}
+    for name in names:
+        weight: Any = modules[name].weight
+        kinds.setdefault((weight.dtype, weight.requires_grad), []).append(name)
+    return list(kinds.values())
 
 
 def _why_not(group: Sequence[str], modules: Mapping[str, nn.Module]) -> str | None:

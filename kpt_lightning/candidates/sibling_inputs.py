@@ -8,34 +8,45 @@ import torch
 from torch import Tensor, nn
 
 
-def siblings_with_one_input(model: nn.Module, run: Callable[[], Any]) -> list[list[str]]:
+def siblings_with_one_input(model: nn.Module, run: Callable[[], Any], *, wrapped: bool = False) -> list[list[str]]:
     """Run once, all of it in eager mode, and compare the inputs of the linear children of each module by identity.
 
     Args:
         model: Whose modules are watched.
         run: Does a forward pass.
+        wrapped: Also children of children, as in the wrapper that an adapter puts around a layer.
 
     Returns:
         Groups of two or more names, each in the order of the calls: in every call of their parent all were called
         once, with one positional argument, the same tensor object.
     """
-    watches = [_Watch(name, parent) for name, parent in model.named_modules() if len(_children(parent)) > 1]
+    families = [(name, parent, _children(parent, wrapped)) for name, parent in model.named_modules()]
+    watches = [_Watch(name, parent, children) for name, parent, children in families if len(children) > 1]
     with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
         for watch in watches:
             watch.attach(hooks)
         run()
-    return [group for watch in watches for group in watch.groups()]
+    found = [tuple(group) for watch in watches for group in watch.groups()]
+    # A grandparent sees the children of each of its children too.
+    return [list(group) for group in dict.fromkeys(found)]
 
 
-def _children(parent: nn.Module) -> dict[str, nn.Linear]:
-    return {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
+def _children(parent: nn.Module, wrapped: bool) -> dict[str, nn.Linear]:
+    found = {}
+    for name, child in parent.named_children():
+        if isinstance(child, nn.Linear):
+            found[name] = child
+        elif wrapped:
+            inside = {f"{name}.{key}": each for key, each in child.named_children() if isinstance(each, nn.Linear)}
+            found |= inside if len(inside) == 1 else {}
+    return found
 
 
 class _Watch:
     """The calls of one parent."""
 
-    def __init__(self, name: str, parent: nn.Module) -> None:
-        self.parent, self.prefix = parent, f"{name}." if name else ""
+    def __init__(self, name: str, parent: nn.Module, children: dict[str, nn.Linear]) -> None:
+        self.parent, self.prefix, self.children = parent, f"{name}." if name else "", children
         # One entry per call of the parent: the children's names and inputs, in order.
         self.open: list[tuple[str, Tensor | None]] | None = None
         self.calls: list[list[list[str]]] = []
@@ -45,7 +56,7 @@ class _Watch:
         end = self.parent.register_forward_hook(lambda *_: self._end(), always_call=True)
         hooks.callback(begin.remove)
         hooks.callback(end.remove)
-        for name, child in _children(self.parent).items():
+        for name, child in self.children.items():
             hooks.callback(child.register_forward_pre_hook(self._noter(name), with_kwargs=True).remove)
 
     def groups(self) -> list[list[str]]:

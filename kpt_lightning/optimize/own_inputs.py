@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kpt_lightning.decision import Rejected
-from kpt_lightning.validation.workload import floating_tensors
+from kpt_lightning.validation.workload import named_tensors
 
 
 class OwnInputs:
@@ -37,7 +37,8 @@ class OwnInputs:
         loss = getattr(output, "loss", None)
         if isinstance(loss, Tensor):
             return loss
-        return torch.stack([each.float().square().mean() for _, each in floating_tensors(output)]).mean()
+        outputs = [each for _, each in named_tensors(output) if each.is_floating_point()]
+        return torch.stack([each.float().square().mean() for each in outputs]).mean()
 
 
 def own_inputs(

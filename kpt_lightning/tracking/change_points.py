@@ -20,8 +20,10 @@ from kpt_lightning.tracking.noise import (
     autocorrelation,
     checked,
     side_medians,
+    sigma_beside,
     step_over_memory,
     winsorised,
+    without_lone_values,
 )
 from kpt_lightning.tracking.rank_statistic import best_split, clear_split
 from kpt_lightning.tracking.severity import DEFAULT_LIMITS, Severity, SeverityLimits, loss_interval
@@ -154,9 +156,10 @@ def _judge(history: Array, windows: Sequence[_Window], looks: int) -> dict[_Wind
 def _steps(rows: Array, looks: int, clear_only: bool) -> dict[int, _Found]:
     """The one change of each row that has one."""
     n = rows.shape[1]
-    index = clear_split(rows)
+    calm = without_lone_values(rows, best_split(rows)[1])
+    index = clear_split(calm)
     if not clear_only:
-        statistic, by_rank = best_split(rows)
+        statistic, by_rank = best_split(calm)
         ranked = (index == 0) & (statistic > critical_rank(n, looks))
         index = np.where(ranked, by_rank, index)
     left = np.flatnonzero(index)
@@ -171,7 +174,7 @@ def _steps(rows: Array, looks: int, clear_only: bool) -> dict[int, _Found]:
 
 
 def _evidence(rows: Array, index: Counts) -> tuple[Array, Counts, Array]:
-    calm, _ = winsorised(rows, index)
+    calm = winsorised(rows, index)
     place, mass, residual = step_place(calm)
     return step_over_memory(calm, residual), place, mass
 
@@ -196,8 +199,8 @@ def relative_shift(values: Array, index: int) -> tuple[float, statistics.Interva
     """
     place = np.array([index])
     before, after = (float(side[0, 0]) for side in side_medians(values[None], place))
-    _, sigmas = winsorised(values[None], place)
-    limit = CUT * float(sigmas[0, 0])
+    sigma = float(sigma_beside(values[None], place)[0, 0])
+    limit = CUT * sigma
     sides = [
         np.clip(values[:index], before - limit, before + limit),
         np.clip(values[index:], after - limit, after + limit),
@@ -207,7 +210,7 @@ def relative_shift(values: Array, index: int) -> tuple[float, statistics.Interva
         return math.copysign(math.inf, new), statistics.Interval(-math.inf, math.inf, CONFIDENCE, "the old level is 0")
     memory = autocorrelation(np.concatenate([sides[0] - old, sides[1] - new]))
     ratio = new / old
-    error = float(sigmas[0, 0]) / abs(old) * math.sqrt(ratio**2 / len(sides[0]) + 1 / len(sides[1]))
+    error = sigma / abs(old) * math.sqrt(ratio**2 / len(sides[0]) + 1 / len(sides[1]))
     half = _t(max(len(values) - 2, 1)) * error * math.sqrt((1 + memory) / (1 - memory))
     shift = (new - old) / abs(old)
     return shift, statistics.Interval(shift - half, shift + half, CONFIDENCE)

@@ -79,23 +79,47 @@ def scale_around(residuals: Array, levels: int) -> Array:
     return np.asarray(CUT_TO_SIGMA * np.sqrt((cut**2).sum(1, keepdims=True) / degrees))
 
 
-def winsorised(rows: Array, index: Counts) -> tuple[Array, Array]:
-    """Rows whose outliers are pulled in to 2.5 sigmas, and sigma as one column.
-
-    The limit lies 2.5 sigmas outside both levels and outside the medians of the three runs before and the three after,
-    not around the level of a side: a value is an outlier only when neither what came before nor what followed is like
-    it, so the place of the step is left open.
-    """
+def sigma_beside(rows: Array, index: Counts) -> Array:
+    """Robust standard deviation of each row, one column, around its medians before and from ``index`` on."""
     before, after = side_medians(rows, index)
-    sigma = scale_around(rows - np.where(np.arange(rows.shape[1]) >= index[:, None], after, before), 2)
-    low, high = np.minimum(before, after), np.maximum(before, after)
-    calm = np.clip(rows, low - CUT * sigma, high + CUT * sigma)
+    return scale_around(rows - np.where(np.arange(rows.shape[1]) >= index[:, None], after, before), 2)
+
+
+def without_lone_values(rows: Array, index: Counts) -> Array:
+    """Rows whose lone outliers are pulled in to 2.5 sigmas outside their neighbourhood.
+
+    A value stands alone when it is far from the medians of both the three runs before and the three after it; one of
+    the first or last three when it is far from the median of the three others of the first or last four and from both
+    levels, those before and from ``index`` on. The place of a step, three runs from an end or more, stays as it is.
+    """
+    low, high = _levels(rows, index)
     nearby = _median_of_next_three(rows)
-    earlier, later, inside = nearby[:, : -NEIGHBOURS - 1], nearby[:, NEIGHBOURS + 1 :], slice(NEIGHBOURS, -NEIGHBOURS)
-    least = np.minimum(earlier, later) - CUT * sigma
-    most = np.maximum(earlier, later) + CUT * sigma
-    calm[:, inside] = np.clip(calm[:, inside], least, most)
-    return calm, sigma
+    earlier, later = nearby[:, : -NEIGHBOURS - 1], nearby[:, NEIGHBOURS + 1 :]
+    least = np.pad(np.minimum(earlier, later), ((0, 0), (NEIGHBOURS, NEIGHBOURS)))
+    most = np.pad(np.maximum(earlier, later), ((0, 0), (NEIGHBOURS, NEIGHBOURS)))
+    for end in (np.arange(NEIGHBOURS + 1), np.arange(-1, -NEIGHBOURS - 2, -1)):
+        for place in range(NEIGHBOURS):
+            others = _median_of_next_three(rows[:, np.delete(end, place)])
+            least[:, end[place]] = np.minimum(others, low)[:, 0]
+            most[:, end[place]] = np.maximum(others, high)[:, 0]
+    margin = CUT * sigma_beside(rows, index)
+    return np.clip(rows, least - margin, most + margin)
+
+
+def winsorised(rows: Array, index: Counts) -> Array:
+    """Rows without outliers.
+
+    Lone values are pulled in to their neighbourhood, and all values to 2.5 sigmas outside both levels; not around the
+    level of their own side, so that the place of the step is left open.
+    """
+    low, high = _levels(rows, index)
+    margin = CUT * sigma_beside(rows, index)
+    return np.clip(without_lone_values(rows, index), low - margin, high + margin)
+
+
+def _levels(rows: Array, index: Counts) -> tuple[Array, Array]:
+    before, after = side_medians(rows, index)
+    return np.minimum(before, after), np.maximum(before, after)
 
 
 def _median_of_next_three(rows: Array) -> Array:

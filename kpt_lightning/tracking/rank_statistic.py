@@ -1,7 +1,8 @@
 """Where would one step split a history best, and how clear is it? By ranks, so that no noise shape can fake it.
 
 Under noise without memory every order of the values is equally likely whatever their distribution, so one table of
-critical values holds for normal, skewed and outlier-ridden runs alike.
+critical values holds for normal, skewed and outlier-ridden runs. It holds nearly, 1.0 to 1.4 % for 1 %, once lone
+outliers were pulled in, without which they would hide a true step.
 
 Sources:
     Normal scores: van der Waerden 1952; as efficient as the t-test for normal data, more for all others (Chernoff and
@@ -15,7 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from kpt_lightning.tracking.noise import Array, Counts, side_medians, winsorised
+from kpt_lightning.tracking.noise import Array, Counts, side_medians, sigma_beside
 
 LEAST_SIDE = 3
 """Fewest runs on each side of a step: one or two are outliers until proved otherwise."""
@@ -82,7 +83,7 @@ def clear_split(rows: Array) -> Counts:
     if len(apart):
         found = k[at[apart]]
         before, after = side_medians(rows[apart], found)
-        sigma = winsorised(rows[apart], found)[1]
+        sigma = sigma_beside(rows[apart], found)
         wide = (np.abs(after - before) > CLEAR_GAP * sigma)[:, 0]
         index[apart[wide]] = found[wide]
     return index

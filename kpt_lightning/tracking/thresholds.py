@@ -34,7 +34,7 @@ MEMORY_EVIDENCE = 5.3
 """Log likelihood ratio of a step to an AR(1) noise at :data:`REFERENCE` runs. A ratio of e^x happens by chance with a
 probability of the order e^-x however often one looks (Ville's inequality); the rest is for the choice of the place."""
 
-MEMORY_SLOPE = 5.5
+MEMORY_SLOPE = 6.5
 """More evidence asked per unit of |log(n / 30)|: few runs cannot tell memory from a step, many are looked at again."""
 
 PLACE_MASS = 0.72
