@@ -57,7 +57,16 @@ def extended(plan: Plan, subject: Subject, work: Work | None = None) -> Plan:
                 changes = _without_head(changes, change.setting["head"])
                 choices = [_joined(choice) for choice in choices]
             changes.append(change)
-    return replace(plan, changes=changes, choices=choices)
+    extended = replace(plan, changes=changes, choices=choices)
+    extended.layers = [_beside(layer, extended) for layer in plan.layers]
+    return extended
+
+
+def _beside(layer: Decision, plan: Plan) -> Decision:
+    """What was too small by itself and runs beside another, or as part of another."""
+    if layer or layer.subject not in plan.float8_layers:
+        return layer
+    return Accepted(layer.subject, f"{layer.reason}; but it costs nothing beside the layers that read the same tensor")
 
 
 def _without_head(changes: Sequence[Change], head: str) -> list[Change]:

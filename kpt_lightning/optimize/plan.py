@@ -50,8 +50,10 @@ class Plan:
 
     @property
     def float8_layers(self) -> list[str]:
-        """Names of the layers that run in FP8."""
-        return list(self.setting("float8").get("layers", ()))
+        """Names of the layers that run in FP8, small ones beside larger ones too."""
+        groups = self.setting("float8_siblings").get("groups", ())
+        beside = (name for group in groups for name in group)
+        return list(dict.fromkeys([*self.setting("float8").get("layers", ()), *beside]))
 
     @property
     def merges_float8(self) -> bool:
@@ -88,7 +90,7 @@ class Plan:
         for change in self.changes:
             setting = change.setting
             if change.candidate == "float8":
-                count = f"{len(setting['layers'])} of {len(self.layers)}"
+                count = f"{len(self.float8_layers)} of {len(self.layers)}"
                 parts.append(f"{count} linear layers in FP8 ({setting['recipe']})")
             elif change.candidate == "compile_blocks":
                 parts.append(f"{len(setting['blocks'])} blocks compiled")

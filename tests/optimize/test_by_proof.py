@@ -52,6 +52,19 @@ def test_the_head_joins_its_loss_at_the_aggressive_level_in_place_of_a_compiled_
     assert loss.reason == "head and loss run as one in FP8"
 
 
+def test_layers_too_small_by_themselves_are_told_to_run_beside_others() -> None:
+    sizes = {"hidden_size": 1280, "intermediate_size": 1040, "num_hidden_layers": 1, "num_attention_heads": 8}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=96, num_key_value_heads=1, **sizes))
+    started = engine(float8={"emulate": True})
+    (before,) = started.start(model, "cpu").explain("model.layers.0.self_attn.k_proj")
+    assert not before
+    started.look()
+    (verdict,) = started.plan.explain("model.layers.0.self_attn.k_proj")
+    assert verdict
+    assert verdict.reason.startswith(f"{before.reason}; but it costs nothing beside")
+    assert "7 of 8 linear layers in FP8" in started.plan.summary()
+
+
 def test_a_plan_with_nothing_in_fp8_is_left_alone() -> None:
     started = looked(llama(), precision="32", float8={})
     assert started.plan.changes == []
