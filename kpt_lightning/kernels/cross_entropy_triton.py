@@ -7,7 +7,7 @@ import triton  # noqa: TID253  only CUDA implementations import this module
 import triton.language as tl  # noqa: TID253
 from torch import Tensor
 
-from kpt_lightning.kernels.quantize_triton import in_words, is_ragged, store_both, tile_start
+from kpt_lightning.kernels.quantize_triton import in_words, is_ragged, store_both, tile_start_in_bands
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,14 @@ class LaunchConfig:
         columns: Columns, likewise.
         num_warps: Warps of a program.
         num_stages: Loads in flight in a loop.
+        band: Rows of tiles that programs go down before they go to the right.
     """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+    band: int = 1
 
 
 # On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
@@ -93,10 +95,10 @@ def _backward_quantize_kernel(
     logits: tl.tensor, labels: tl.tensor, logsumexp: tl.tensor, grad_rows: tl.tensor, grad_columns: tl.tensor,
     count: tl.tensor, classes: tl.tensor, width: tl.tensor, stride: tl.tensor, rows_stride: tl.tensor,
     columns_stride: tl.tensor, ignore_index: tl.tensor, LARGEST: tl.constexpr, RAGGED: tl.constexpr,
-    WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WITH_COLUMNS: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per tile, which is written as it is and transposed; no magnitude is above 1, hence the scale."""
-    first_row, first_column = tile_start(width, False, ROWS, COLUMNS)
+    first_row, first_column = tile_start_in_bands(count, width, BAND, ROWS, COLUMNS)
     row, place = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     inside = row < count
     label = tl.load(labels + row, mask=inside, other=ignore_index)
@@ -169,6 +171,7 @@ def launch_backward_quantize(
                 logits, labels, logsumexp, in_rows, in_columns,
                 count, classes, width, logits.stride(0), in_rows.stride(0), in_columns.stride(0), ignore_index,
                 LARGEST=torch.finfo(dtype).max, RAGGED=is_ragged(count, width), WITH_COLUMNS=columns is not None,
+                BAND=config.band,
                 ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
     return rows

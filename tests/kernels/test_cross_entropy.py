@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,21 @@ def test_both_fp8_layouts_hold_the_gradient_and_zeros_in_the_padding(
     assert not rows[:, classes:].float().any()
     found = rows[:, :classes].double() / torch.finfo(dtype).max
     assert sqnr_db(exact(logits, labels)[1], found) > LEAST_DB[dtype]
+
+
+@pytest.mark.parametrize("band", [2, 3, 8])
+def test_every_order_of_tiles_writes_every_tile_once(device: str, band: int) -> None:
+    from kpt_lightning.kernels.cross_entropy_triton import launch_backward_quantize
+
+    logits, labels = random_rows((22, 300), torch.bfloat16, device)
+    logsumexp = logits.float().logsumexp(1)
+    found = []
+    for each in (1, band):
+        columns = torch.full((304, 24), float("nan"), device=device).to(E5M2)
+        order = replace(config(), band=each)
+        rows = launch_backward_quantize(logits, labels, logsumexp, E5M2, 304, columns, 0, IGNORED, order)
+        found.append((rows.view(torch.uint8), columns.view(torch.uint8)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_fp8_carries_nan_in_both_layouts(device: str) -> None:
