@@ -161,8 +161,10 @@ def _bits(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
 def tile_start_in_bands(
     height: tl.tensor, width: tl.tensor, BAND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ) -> Any:
-    """As :func:`tile_start`, down a band of ``BAND`` rows of tiles and then to the right: programs that run at one time
-    touch fewer pages of memory, where one layout's rows and the other's lie far apart."""
+    """As :func:`tile_start`, down a band of ``BAND`` rows of tiles and then to the right.
+
+    Programs that run at one time touch fewer pages of memory, where rows of both layouts lie far apart.
+    """
     tile = tl.program_id(0)
     across, down = tl.cdiv(width, BLOCK_COLUMNS), tl.cdiv(height, BLOCK_ROWS)
     first = tile // (BAND * across) * BAND
