@@ -72,7 +72,7 @@ def check_merged(counts: GemmCounts, planned: bool) -> list[Decision]:
         return []
     if counts.merged:
         return [Accepted("merged GEMMs", f"{counts.merged} FP8 products ran inside of another's GEMM")]
-    reason = f"none: no input has {LEAST_ELEMENTS} elements, below which FP8 layers run one by one"
+    reason = f"none: no input has {LEAST_ELEMENTS:,} elements, below which FP8 layers run one by one"
     return [Rejected("merged GEMMs", reason)]
 
 

@@ -19,6 +19,7 @@ from kpt_lightning.tracking.noise import (
     Counts,
     autocorrelation,
     checked,
+    in_range,
     side_medians,
     sigma_beside,
     step_over_memory,
@@ -96,7 +97,7 @@ def detect_changes(
     Raises:
         ValueError: A value is not finite, or ``values`` is not one row of numbers.
     """
-    history = checked("values", values, 0)
+    history = in_range(checked("values", values, 0))
     found = _search(history)
     edges = [0, *(one.index for one in found), len(history)]
     return [

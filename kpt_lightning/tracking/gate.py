@@ -12,7 +12,7 @@ import numpy as np
 
 from kpt_lightning.measure.statistics import Interval
 from kpt_lightning.tracking.change_points import CONFIDENCE, detect_changes
-from kpt_lightning.tracking.noise import CUT, Array, autocorrelation, checked, scale_around, without_lone_values
+from kpt_lightning.tracking.noise import CUT, Array, autocorrelation, checked, in_range, scale_around
 from kpt_lightning.tracking.severity import DEFAULT_LIMITS, Severity, SeverityLimits, loss_interval
 from kpt_lightning.tracking.thresholds import GATE_FEWEST_RUNS, gate_quantiles
 
@@ -23,6 +23,17 @@ OUTLIER_SIGMAS = 3.5
 
 OUTLIER_REACH = 2.0
 """A single new run is no outlier of the known kind when it is more than this many times as far off as the worst."""
+
+FEWEST_TO_CUT = 3
+"""New runs from which one of them can be told for an outlier."""
+
+NEW_CUT = 1.5
+"""New runs count no further than this many sigmas of the baseline from their median: Huber's location of known scale
+(https://doi.org/10.1214/aoms/1177703732), nearly as sharp as a mean, and one of three moves it by half a sigma at most.
+"""
+
+CUT_VARIANCE = 1.06
+"""Variance of that location times the number of runs, for normal data and 3 to 15 runs, by simulation."""
 
 MOST_RUNS = 100
 """More runs than this are not asked for: the baseline is too short or too noisy then."""
@@ -40,7 +51,7 @@ class Verdict:
             loss of the ``resolution`` is excluded at 95 %; else "inconclusive".
         severity: As :class:`.change_points.Change` has it, by the loss that is certain; None for "pass" and
             "inconclusive", and for a regression that may be smaller than the smallest limit.
-        shift: Median of the new runs over the level of the baseline, less 1.
+        shift: Level of the new runs over the level of the baseline, less 1.
         interval: 95 % interval of ``shift``.
         runs_needed: About how many more new runs would settle it; None where it is settled, or only a better
             baseline helps.
@@ -67,10 +78,9 @@ class _Level:
     runs: int
 
     def error(self, new: int) -> float:
-        """Standard error of the median of ``new`` runs less the level."""
-        # pi / 2 / (k + pi / 2 - 1): variance of a median of k, exact for k = 1 and for many, 2 % off between.
-        median = math.pi / 2 / (new + math.pi / 2 - 1)
-        return self.sigma * math.sqrt(median * _inflation(self.memory, new) + _inflation(self.memory, self.runs) / self.runs)
+        """Standard error of the level of ``new`` runs less this one."""
+        scatter = (1.0 if new < FEWEST_TO_CUT else CUT_VARIANCE) / new * _inflation(self.memory, new)
+        return self.sigma * math.sqrt(scatter + _inflation(self.memory, self.runs) / self.runs)
 
 
 def _inflation(memory: float, count: int) -> float:
@@ -89,10 +99,10 @@ def compare(
 ) -> Verdict:
     """Judge new runs by the level and the noise of the runs before them.
 
-    The baseline counts from its last change on. The new runs are judged by their median, of an even number by the
-    one of the middle two that is nearer to the baseline, so that no minority of outliers decides; a single run that is
-    no further off than twice the worst outlier of the baseline decides nothing either. The limits are quantiles of a
-    simulated robust t statistic, :mod:`.thresholds`, widened for autocorrelation.
+    The baseline counts from its last change on. The new runs are judged by their median, sharpened from three runs on,
+    see :func:`new_level`, so that no minority of outliers decides; of two the one nearer to the baseline decides, and a
+    single run no further off than twice the worst outlier of the baseline decides nothing. The limits are quantiles of
+    a simulated robust t statistic, :mod:`.thresholds`, widened for autocorrelation.
 
     Args:
         baseline_runs: One value of each older run, oldest first; any unit, the same as ``new_runs``.
@@ -107,12 +117,10 @@ def compare(
     resolution = limits.moderate if resolution is None else resolution
     if not 0.0 < resolution < math.inf:
         raise ValueError(f"resolution={resolution!r}: must be positive and finite, a relative loss such as 0.05.")
-    baseline, new = checked("baseline_runs", baseline_runs, 1), checked("new_runs", new_runs, 1)
+    older, newer = checked("baseline_runs", baseline_runs, 1), checked("new_runs", new_runs, 1)
+    together = in_range(np.concatenate([older, newer]))
+    baseline, new = together[: len(older)], together[len(older) :]
     changes = detect_changes(baseline_runs)
-    # Both were scaled, each by its own power of two.
-    older, newer = np.asarray(baseline_runs, dtype=np.float64), np.asarray(new_runs, dtype=np.float64)
-    power = int(np.frexp(max(np.abs(older).max(), np.abs(newer).max()))[1])
-    baseline, new = np.ldexp(older, -power), np.ldexp(newer, -power)
     baseline = baseline[changes[-1].index if changes else 0 :]
     if len(baseline) < GATE_FEWEST_RUNS:
         return _unknown(baseline, new, f"{len(baseline)} runs before; at least {GATE_FEWEST_RUNS} are needed")
@@ -125,11 +133,13 @@ def _judge(baseline: Array, new: Array, higher_is_better: bool, limits: Severity
         return _unknown(baseline, new, "the level before is 0, so that no relative shift exists")
     decisive, usual = gate_quantiles(base.runs)
     error = base.error(len(new))
-    shift = (float(np.median(new)) - base.level) / abs(base.level)
+    found = new_level(new, base.level, base.sigma)
+    estimate = found if len(new) >= FEWEST_TO_CUT else float(np.median(new))
+    shift = (estimate - base.level) / abs(base.level)
     half = usual * error / abs(base.level)
     interval = Interval(shift - half, shift + half, CONFIDENCE)
     loss = loss_interval(interval.low, interval.high, higher_is_better)
-    off = _cautious_median(new, base.level) - base.level
+    off = found - base.level
     if abs(off) > decisive * error:
         if len(new) == 1 and _is_known_outlier(baseline, base, off):
             return Verdict("inconclusive", None, shift, interval, 2, base.runs, "older runs were as far off once")
@@ -155,23 +165,36 @@ def _unknown(baseline: Array, new: Array, reason: str) -> Verdict:
     return Verdict("inconclusive", None, shift, interval, None, len(baseline), reason)
 
 
+def level_of(rows: Array) -> tuple[Array, Array]:
+    """Level and robust sigma of each row: mean of the values cut at 2.5 sigmas around the median."""
+    center = np.median(rows, axis=1, keepdims=True)
+    sigma = scale_around(rows - center, 1)
+    return np.clip(rows, center - CUT * sigma, center + CUT * sigma).mean(axis=1), sigma[:, 0]
+
+
 def _level(runs: Array) -> _Level:
-    center = float(np.median(runs))
-    sigma = float(scale_around((runs - center)[None], 1)[0, 0])
-    calm = np.clip(runs, center - CUT * sigma, center + CUT * sigma)
-    level = float(calm.mean())
-    return _Level(level, sigma, autocorrelation(calm - level), len(runs))
+    levels, sigmas = level_of(runs[None])
+    level, sigma = float(levels[0]), float(sigmas[0])
+    memory = autocorrelation(np.clip(runs - level, -CUT * sigma, CUT * sigma))
+    # One standard error less: independent runs would pay for the scatter of the estimate otherwise.
+    return _Level(level, sigma, max(memory - 1 / math.sqrt(len(runs)), 0.0), len(runs))
 
 
-def _cautious_median(new: Array, level: float) -> float:
-    """The median; of an even number the middle value nearer to ``level``, and ``level`` itself between the two."""
+def new_level(new: Array, level: float, sigma: float) -> float:
+    """Level of the new runs: their cautious median, from three on with the rest counted as far as :data:`NEW_CUT`.
+
+    The cautious median of an even number is the middle value nearer to ``level``, and ``level`` itself between the two.
+    """
     ordered = np.sort(new)
     low, high = float(ordered[(len(new) - 1) // 2]), float(ordered[len(new) // 2])
-    return min(max(level, low), high)
+    center = min(max(level, low), high)
+    if len(new) < FEWEST_TO_CUT:
+        return center
+    return center + float(np.clip(new - center, -NEW_CUT * sigma, NEW_CUT * sigma).mean())
 
 
 def _is_known_outlier(baseline: Array, base: _Level, off: float) -> bool:
-    worst = float((np.sign(off) * (baseline - base.level)).max())
+    worst = float(np.abs(baseline - base.level).max())
     return worst > OUTLIER_SIGMAS * base.sigma and abs(off) <= OUTLIER_REACH * worst
 
 

@@ -33,9 +33,7 @@ AUTOCORRELATIONS = (0.3, 0.5, 0.7, 0.9)
 
 
 def checked(name: str, values: Sequence[float], least: int) -> Array:
-    """The values as an array, scaled by a power of two into -1 to 1.
-
-    Such a factor changes no digit and no relative shift, and keeps squares of huge and tiny values in range.
+    """The values as an array.
 
     Raises:
         ValueError: They are not one row of finite numbers, or fewer than ``least``.
@@ -49,6 +47,14 @@ def checked(name: str, values: Sequence[float], least: int) -> Array:
     if len(bad):
         where = int(bad[0])
         raise ValueError(f"{name}[{where}]={array[where]!r}: must be finite. Leave out runs that gave no number.")
+    return array
+
+
+def in_range(array: Array) -> Array:
+    """The array times the power of two that brings its largest value to 0.5..1.
+
+    The factor changes no digit and no relative shift, and keeps squares of huge and tiny values in range.
+    """
     return np.asarray(np.ldexp(array, -int(np.frexp(np.abs(array).max(initial=0.0))[1])))
 
 

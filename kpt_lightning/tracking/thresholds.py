@@ -61,3 +61,31 @@ def critical_rank(n: int, looks: int = 1) -> float:
 def critical_evidence(n: int, looks: int = 1) -> float:
     """Log likelihood ratio to memory that ``n`` runs must exceed; the odds of ``looks`` windows add up."""
     return MEMORY_EVIDENCE + MEMORY_SLOPE * abs(math.log(n / REFERENCE)) + math.log(looks)
+
+
+GATE_FEWEST_RUNS = 5
+"""Runs that a baseline needs: the limits are ten sigmas wide already."""
+
+GATE_QUANTILES = {
+    5: (11.69, 3.63),
+    6: (6.59, 2.96),
+    7: (6.21, 2.79),
+    8: (4.98, 2.58),
+    10: (4.30, 2.42),
+    12: (3.98, 2.31),
+    15: (3.58, 2.20),
+    20: (3.34, 2.15),
+    30: (3.14, 2.07),
+    50: (2.99, 2.03),
+    100: (2.93, 2.01),
+    200: (2.88, 1.97),
+}
+"""Two-sided quantiles, 99.5 % and 95 %, of the level of new runs less that of n older ones, over its standard error by
+:mod:`.gate`; normal values, the largest of 1, 3, 5 and 9 new runs, 40,000 series each."""
+
+
+def gate_quantiles(runs: int) -> tuple[float, float]:
+    """Limits in standard errors for ``runs`` older runs: of a verdict, and of the 95 % interval."""
+    sizes = np.log(list(GATE_QUANTILES))
+    decisive, usual = zip(*GATE_QUANTILES.values(), strict=True)
+    return float(np.interp(math.log(runs), sizes, decisive)), float(np.interp(math.log(runs), sizes, usual))

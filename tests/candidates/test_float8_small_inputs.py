@@ -21,7 +21,7 @@ def applied(subject: Any) -> Any:
     done = []
     for candidate in (MLP, SIBLINGS):
         change = next(each for each in candidate.applies(subject) if isinstance(each, Change))
-        assert f"{kernel_sizes.LEAST_ELEMENTS} elements and more" in change.reason
+        assert f"{kernel_sizes.LEAST_ELEMENTS:,} elements and more" in change.reason
         done.append((candidate, candidate.apply(subject, change.setting)))
     return done
 
