@@ -1,5 +1,10 @@
 """The FP8 kernels reach unmodified transformers models through KptStrategy, with the loss of plain Lightning."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,6 +19,8 @@ from kpt_lightning import KptStrategy
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 
 pytestmark = pytest.mark.usefixtures("every_size")
+
+ROOT = Path(__file__).parents[2]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -130,3 +137,19 @@ def test_a_frozen_base_runs_in_fp8_without_gradients_of_its_weights() -> None:
     assert module.losses == pytest.approx(plain.losses, abs=0.01)
     after = dict(module.network.named_parameters())
     assert all(torch.equal(each, after[name]) for name, each in base.items())
+
+
+def test_two_processes_have_one_plan_and_the_same_weights(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER", "LOCAL_RANK"))}
+    command = [sys.executable, "-m", "tests.strategies.kernel_worker", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert {change["candidate"] for change in first["plan"]} == ALL
+    assert first["plan"] == second["plan"]
+    assert first["weights"] == second["weights"]
+    assert first["losses"] != second["losses"]
+    assert first["merged"] == second["merged"] > 0
