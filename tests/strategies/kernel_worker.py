@@ -1,4 +1,4 @@
-"""Two processes train a Llama through the FP8 kernels; each writes its plan and its weights into a folder. Not a test module."""
+"""Two processes train a Llama through the FP8 kernels; each leaves its plan and weights in a folder. No test module."""
 
 import json
 import sys
