@@ -97,9 +97,9 @@ def sigma_beside(rows: Array, index: Counts) -> Array:
 def without_lone_values(rows: Array, index: Counts) -> Array:
     """Rows whose lone outliers are pulled in to 1.5 sigmas outside their neighbourhood.
 
-    A value stands alone when it is 2.5 sigmas or more from the medians of both the three runs before and the three after it; one of
-    the first or last three when it is as far from the median of the three others of the first or last four and from both
-    levels, those before and from ``index`` on. The place of a step, three runs from an end or more, stays as it is.
+    A value stands alone when it is 2.5 sigmas or more from the medians of both the three runs before and the three
+    after it; one of the first or last three when it is as far from the median of the three others of the first or last
+    four and from both levels, before and from ``index`` on. The place of a step, three runs from an end or more, stays.
     """
     low, high = _levels(rows, index)
     nearby = _median_of_next_three(rows)

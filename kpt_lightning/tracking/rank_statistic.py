@@ -1,8 +1,8 @@
 """Where would one step split a history best, and how clear is it? By ranks, so that no noise shape can fake it.
 
 Under noise without memory every order of the values is equally likely whatever their distribution, so one table of
-critical values holds for normal, skewed and outlier-ridden runs. It holds nearly, 1.0 to 1.4 % for 1 %, once lone
-outliers were pulled in, without which they would hide a true step.
+critical values holds for normal, skewed and outlier-ridden runs. It holds nearly once lone outliers were pulled in,
+without which they would hide a true step: benchmarks/results/detector_2026-11-23.md.
 
 Sources:
     Normal scores: van der Waerden 1952; as efficient as the t-test for normal data, more for all others (Chernoff and

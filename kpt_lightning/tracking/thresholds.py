@@ -8,7 +8,8 @@ import math
 import numpy as np
 
 LEVEL = 0.012
-"""False alarms of one look by ranks alone, up to :data:`REFERENCE` runs; the other conditions leave 0.7 % at most."""
+"""False alarms of one look by ranks alone, up to :data:`REFERENCE` runs; the other conditions leave 0.5 to 0.8 % of
+them there (benchmarks/results/detector_2026-11-23.md)."""
 
 REFERENCE = 30
 """Runs at which the level is largest. Later looks at a growing history share a budget, so the level falls as 1 / n^2,
@@ -29,7 +30,7 @@ RANK_QUANTILES = {
     60: (3.188, 3.769, 4.232),
 }
 """Upper quantiles of ``rank_statistic.best_split`` for n independent normal values without their lone outliers, 300,000
-series each; 1.0 to 1.4 % of skewed, heavy-tailed or outlier-ridden series exceed the first column."""
+series each."""
 
 MEMORY_EVIDENCE = 5.3
 """Log likelihood ratio of a step to an AR(1) noise at :data:`REFERENCE` runs. A ratio of e^x happens by chance with a
