@@ -8,6 +8,7 @@ from kpt_lightning import __version__
 from kpt_lightning.cli.config import config
 from kpt_lightning.cli.doctor import doctor
 from kpt_lightning.cli.optimize import optimize
+from kpt_lightning.cli.regress import app as regress
 from kpt_lightning.errors import KptError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(config)
 app.command()(doctor)
 app.command()(optimize)
+app.add_typer(regress, name="regress")
 
 
 def _print_version(wanted: bool) -> None:

@@ -130,7 +130,9 @@ def compare_runs(
         rule = f"the runs differ in {', '.join(differ)}"
         raise ConfigError("baseline", baseline.run_id, rule, "Compare runs of the same key, see RunStore.like")
     like = [
-        run for run in history if run.key == new.key and _facts(run) == _facts(baseline) and run.run_id != new.run_id
+        run
+        for run in history
+        if run.key == new.key and environment_facts(run) == environment_facts(baseline) and run.run_id != new.run_id
     ]
     rows = [
         _row(
@@ -150,7 +152,7 @@ def compare_runs(
         baseline=baseline,
         new=new,
         rows=tuple(rows),
-        environment_changes=_changes(_facts(baseline), _facts(new)),
+        environment_changes=_changes(environment_facts(baseline), environment_facts(new)),
         commits=commits if commits[0] != commits[1] else None,
         like_runs=len(like) if len(like) >= HISTORY_NEEDED else 0,
         problems=tuple(problems),
@@ -170,7 +172,8 @@ def noise_floor(run: RunRecord, metric: str) -> float | None:
     return CPU_NOISE if on_cpu else RUN_NOISE.get(metric)
 
 
-def _facts(run: RunRecord) -> dict[str, str]:
+def environment_facts(run: RunRecord) -> dict[str, str]:
+    """What surrounds the code: everything but the commit."""
     return {name: value for name, value in run.environment.items() if name != CODE_KEY}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kpt_lightning.errors import HistoryError
+from kpt_lightning.tracking.fingerprint import CODE_KEY
 from kpt_lightning.tracking.record import Metric, RunKey, RunRecord, digest
 
 ASV_METRICS = {"time": "time", "memory": "memory", "peakmemory": "peak_memory", "track": "value"}
@@ -74,7 +75,7 @@ def _of_pytest_benchmark(data: Mapping[str, Any]) -> Iterator[RunRecord]:
         metric = _timed(benchmark["stats"])
         if metric is None:
             continue
-        environment = {"python": machine["python_version"], "host": machine["node"], "commit": commit.get("id")}
+        environment = {"python": machine["python_version"], "host": machine["node"], CODE_KEY: commit.get("id")}
         yield _record(key, {"time": metric}, environment, datetime.fromisoformat(data["datetime"]))
 
 
@@ -89,7 +90,7 @@ def _timed(stats: Mapping[str, Any]) -> Metric | None:
 def _of_asv(data: Mapping[str, Any], kinds: Mapping[str, Any]) -> Iterator[RunRecord]:
     columns, machine = data["result_columns"], data["params"]
     when = datetime.fromtimestamp(data["date"] / 1000, UTC)
-    environment = {"host": machine["machine"], "commit": data["commit_hash"], "python": data["python"]}
+    environment = {"host": machine["machine"], CODE_KEY: data["commit_hash"], "python": data["python"]}
     environment |= {name: version for name, version in data["requirements"].items() if version}
     for name, row in data["results"].items():
         found, kind = dict(zip(columns, row, strict=False)), kinds.get(name, {})

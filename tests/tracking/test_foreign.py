@@ -40,7 +40,7 @@ def test_a_benchmark_of_asv_is_one_run_for_each_combination_of_its_parameters() 
     memory = records["b.peakmem_list"].metrics["peak_memory"]
     assert (memory.median, memory.unit) == (27303936, "bytes")
     assert records["b.track_value"].metrics["value"].unit == "widgets"
-    assert records["b.track_value"].environment["commit"].startswith("86232d67")
+    assert records["b.track_value"].environment["git_commit"].startswith("86232d67")
     assert records["b.track_value"].created_at.endswith("+00:00")
 
 
