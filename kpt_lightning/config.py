@@ -21,6 +21,12 @@ class Level(StrEnum):
     AGGRESSIVE = "aggressive"
     """Also the output head in FP8."""
 
+    @property
+    def and_below(self) -> tuple["Level", ...]:
+        """This level and those that keep more of the numbers: what may be in a plan at this level."""
+        levels = tuple(Level)
+        return levels[: levels.index(self) + 1]
+
 
 PrecisionName = Literal["auto", "fp8", "fp8-true", "bf16", "bf16-mixed", "32"]
 FP8_PRECISIONS = ("fp8", "fp8-true")

@@ -15,7 +15,7 @@ from typing_extensions import override
 from kpt_lightning.callbacks.trainer_work import TrainerWork, quiet, refuse_exchange
 from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import WITHOUT_FLOAT8, KptConfig, Level
+from kpt_lightning.config import WITHOUT_FLOAT8, KptConfig
 from kpt_lightning.errors import ConfigError, KptError
 from kpt_lightning.hardware import detect
 from kpt_lightning.optimize.arguments import check_search
@@ -240,7 +240,7 @@ def _check_restored(plan: Plan, subject: Subject, *, same_model: bool) -> None:
     """Raise ConfigError where a plan of a checkpoint is for another model, or for a level that is not allowed now."""
     if not same_model:
         raise ConfigError("plan", plan.summary(), "was made for another model", "A new one is made")
-    allowed = list(Level)[: list(Level).index(subject.config.level) + 1]
+    allowed = subject.config.level.and_below
     for change in plan.changes:
         level = registry.candidate(change.candidate).level
         if level not in allowed:

@@ -88,11 +88,18 @@ class Float8:
 CANDIDATE = Float8()
 
 
-def _why_not(subject: Subject) -> str | None:
+def why_no_float8(subject: Subject) -> str | None:
+    """Why nothing of the model may run in FP8, by what was asked for and by its dtype; None where it may."""
     if subject.config.precision not in ("auto", *FP8_PRECISIONS):
         return f"precision={subject.config.precision!r} was asked for"
     if subject.compute_dtype is not torch.bfloat16 and not subject.config.float8.emulate:
         return f"the model runs in {subject.compute_dtype}; FP8 goes with bf16: use precision='bf16-mixed'"
+    return None
+
+
+def _why_not(subject: Subject) -> str | None:
+    if reason := why_no_float8(subject):
+        return reason
     if subject.config.precision == "auto" and not _COMPILING & set(subject.applied):
         return "without compiled blocks the casts cost more than FP8 wins; precision='fp8' insists"
     return None

@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.compile_loss import LOSS_SLOT
+from kpt_lightning.candidates.float8 import why_no_float8
 from kpt_lightning.candidates.linear_cross_entropy import FusedLoss, decide_head, join, part
+from kpt_lightning.candidates.own_kernels import why_no_kernels
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import FP8_PRECISIONS, Level
+from kpt_lightning.config import Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
-from kpt_lightning.optional import TRITON, OptionalPackage
+from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.precision.convert import float8_available
 from kpt_lightning.precision.float8_cross_entropy import float8_linear_cross_entropy
 from kpt_lightning.precision.layer_check import ROWS
@@ -89,17 +91,11 @@ CANDIDATE = Float8CrossEntropy()
 
 
 def _why_not(subject: Subject) -> str | None:
-    config, section = subject.config, subject.config.float8
-    if config.precision not in ("auto", *FP8_PRECISIONS):
-        return f"precision={config.precision!r} was asked for"
-    if subject.compute_dtype is not torch.bfloat16 and not section.emulate:
-        return f"the model runs in {subject.compute_dtype}; FP8 goes with bf16: use precision='bf16-mixed'"
-    verdict = float8_available(section.model_copy(update={"recipe": "tensorwise"}), subject.profile)
-    if not verdict:
-        return verdict.reason
-    if subject.device.type == "cuda" and not (installed := TRITON.available()):
-        return installed.reason
-    return None
+    if reason := why_no_float8(subject):
+        return reason
+    section = subject.config.float8.model_copy(update={"recipe": "tensorwise"})
+    verdict = float8_available(section, subject.profile)
+    return why_no_kernels(subject) if verdict else verdict.reason
 
 
 def _joined(model: nn.Module) -> tuple[Any, Any]:

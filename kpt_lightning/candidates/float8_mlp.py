@@ -10,11 +10,12 @@ from kpt_lightning.candidates.class_swap import swap_all, swap_back
 from kpt_lightning.candidates.fused_mlp import gated_rule, why_not_alike
 from kpt_lightning.candidates.gated_rule import ACTIVATIONS, GatedRule, projections
 from kpt_lightning.candidates.likeness import alike
+from kpt_lightning.candidates.own_kernels import why_no_kernels
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import ConfigError
-from kpt_lightning.optional import TRITON, OptionalPackage
+from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.precision import float8_gated
 from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear
 from kpt_lightning.precision.kernel_sizes import LEAST_ELEMENTS, at_every_size, worth_kernels
@@ -49,8 +50,8 @@ class Float8Mlp:
         modules = {name: each for name, each in subject.model.named_modules() if _in_float8(each)}
         if not modules:
             return [Rejected(self.name, "no module has three layers in FP8 and no weights of its own")]
-        if subject.device.type == "cuda" and not (installed := TRITON.available()):
-            return [Rejected(self.name, installed.reason)]
+        if reason := why_no_kernels(subject):
+            return [Rejected(self.name, reason)]
         found: list[Change | Rejected] = []
         groups: list[dict[str, Any]] = []
         for names in alike(modules, subject.calls):

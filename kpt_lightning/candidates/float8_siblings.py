@@ -10,13 +10,14 @@ from torch.nn import functional as F
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.class_swap import has_hooks, swap_all, swap_back, why_not_swap
 from kpt_lightning.candidates.merged_forward import Seat
+from kpt_lightning.candidates.own_kernels import why_no_kernels
 from kpt_lightning.candidates.replay import forward_pass
 from kpt_lightning.candidates.sibling_inputs import siblings_with_one_input
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import ConfigError
-from kpt_lightning.optional import TRITON, OptionalPackage
+from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.precision.convert import decide_layers
 from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear, Float8Settings, float8_linear
 from kpt_lightning.precision.float8_parallel import float8_parallel
@@ -67,8 +68,8 @@ class Float8Siblings:
 
     def applies(self, subject: Subject) -> Sequence[Change | Rejected]:
         """One change for all groups that were seen to read one tensor, and layers alone."""
-        if subject.device.type == "cuda" and not (installed := TRITON.available()):
-            return [Rejected(self.name, installed.reason)]
+        if reason := why_no_kernels(subject):
+            return [Rejected(self.name, reason)]
         run = forward_pass(subject)
         if isinstance(run, Rejected):
             return [Rejected(self.name, run.reason)]

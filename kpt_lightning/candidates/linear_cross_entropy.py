@@ -21,12 +21,13 @@ from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.class_swap import has_hooks, swap_all, swap_back, why_not_swap
 from kpt_lightning.candidates.compile_loss import LOSS_SLOT, restore_loss
 from kpt_lightning.candidates.deferred_logits import DeferredLogits, defer
+from kpt_lightning.candidates.own_kernels import why_no_kernels
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.kernels.linear_cross_entropy import linear_cross_entropy
-from kpt_lightning.optional import TRITON, OptionalPackage
+from kpt_lightning.optional import OptionalPackage
 from kpt_lightning.precision.float8_cross_entropy import float8_linear_cross_entropy
 from kpt_lightning.validation.attempt import Failure, attempt
 from kpt_lightning.validation.calls import ModuleCall
@@ -126,8 +127,8 @@ class LinearCrossEntropy:
         if subject.goal != "memory":
             # On a GPU it takes the place of compile_loss, and which of them is faster is not measured.
             return [Rejected(self.name, "it saves memory; goal='memory' would try it")]
-        if subject.device.type == "cuda" and not (installed := TRITON.available()):
-            return [Rejected(self.name, installed.reason)]
+        if reason := why_no_kernels(subject):
+            return [Rejected(self.name, reason)]
         verdict = decide_head(subject.model, subject.calls)
         if not verdict:
             return [Rejected(self.name, verdict.reason)]

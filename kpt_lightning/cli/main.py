@@ -9,7 +9,10 @@ from kpt_lightning.cli.config import config
 from kpt_lightning.cli.doctor import doctor
 from kpt_lightning.cli.optimize import optimize
 from kpt_lightning.cli.regress import app as regress
-from kpt_lightning.errors import KptError
+from kpt_lightning.errors import HistoryError, KptError
+
+UNREADABLE = 4
+"""Exit status of a history that cannot be read, apart from wrong usage."""
 
 app = typer.Typer(
     name="kpt",
@@ -40,12 +43,12 @@ def _options(
 
 
 def main() -> None:
-    """Run ``kpt``; an error of ours is one line on stderr and exit status 2."""
+    """Run ``kpt``; an error of ours is one line on stderr and exit status 2, or 4 where a history cannot be read."""
     try:
         app()
     except KptError as error:
         typer.echo(f"kpt: {' '.join(str(error).split())}", err=True)
-        raise SystemExit(2) from None
+        raise SystemExit(UNREADABLE if isinstance(error, HistoryError) else 2) from None
 
 
 if __name__ == "__main__":

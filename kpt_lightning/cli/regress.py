@@ -1,30 +1,25 @@
 """``kpt regress``: the history of runs on the command line."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kpt_lightning.errors import HistoryError
-
 if TYPE_CHECKING:
     from kpt_lightning.tracking.check import Checked
 
 app = typer.Typer(help="The history of runs: is the newest one slower, and where does the history come from.")
 
-REGRESSION, TOO_LITTLE, UNREADABLE = 1, 3, 4
-"""Exit status beside 0 and 2, which is wrong usage."""
+REGRESSION, TOO_LITTLE = 1, 3
+"""Exit status beside 0 and those of ``kpt`` itself."""
 
 Store = Annotated[str | None, typer.Option("--store", help="Path or database URL; KPT_HISTORY or .kpt/runs.sqlite.")]
-SEVERITIES = ("minor", "moderate", "severe")
 
 
 class FailOn(StrEnum):
-    """From which severity on a regression fails the build."""
+    """From which severity on a regression fails the build, the least first."""
 
     MINOR = "minor"
     MODERATE = "moderate"
@@ -51,14 +46,14 @@ def check(
     from kpt_lightning.tracking.check import check_runs
     from kpt_lightning.tracking.store import RunStore
 
-    with _readable():
-        found = check_runs(RunStore(store).all(), new=new, metrics=metric)
+    found = check_runs(RunStore(store).all(), new=new, metrics=metric)
     if as_json:
         typer.echo(json.dumps([_data(each) for each in found], indent=2))
     else:
         _print(found)
-    limit = SEVERITIES.index(fail_on.value)
-    if any(each.verdict and each.verdict.severity in SEVERITIES[limit:] for each in found):
+    severities = list(FailOn)
+    failing = severities[severities.index(fail_on) :]
+    if any(each.verdict and each.verdict.severity in failing for each in found):
         raise typer.Exit(REGRESSION)
     if not any(each.judged for each in found):
         raise typer.Exit(TOO_LITTLE)
@@ -70,8 +65,7 @@ def export_(file: Annotated[Path, typer.Argument(help="JSON Lines to write.")], 
     from kpt_lightning.tracking.exchange import export_runs
     from kpt_lightning.tracking.store import RunStore
 
-    with _readable():
-        count = export_runs(RunStore(store), file)
+    count = export_runs(RunStore(store), file)
     typer.echo(f"{count} runs written to {file}")
 
 
@@ -86,24 +80,14 @@ def import_(
     from kpt_lightning.tracking.foreign import read_asv, read_pytest_benchmark
     from kpt_lightning.tracking.store import RunStore
 
-    with _readable():
-        into = RunStore(store)
-        if form is Format.JSONL:
-            done = import_runs(into, file)
-        else:
-            done = add_runs(into, read_asv(file) if form is Format.ASV else read_pytest_benchmark(file))
+    into = RunStore(store)
+    if form is Format.JSONL:
+        done = import_runs(into, file)
+    else:
+        done = add_runs(into, read_asv(file) if form is Format.ASV else read_pytest_benchmark(file))
     typer.echo(f"{len(done.added)} runs added, {len(done.known)} known already")
     if done.torn:
         typer.echo(f"kpt: the last line of {file} was cut off and is left out", err=True)
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except HistoryError as error:
-        typer.echo(f"kpt: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(UNREADABLE) from None
 
 
 def _data(checked: "Checked") -> dict[str, Any]:

@@ -9,16 +9,14 @@ from kpt_lightning.candidates.candidate import Change, SelfChecking
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.errors import UnsupportedHardwareError
 from kpt_lightning.measure.interleave import measure_gain
-from kpt_lightning.optimize.apply import applied
 from kpt_lightning.optimize.by_proof import extended
 from kpt_lightning.optimize.guarded import guarded
-from kpt_lightning.optimize.laboratory import Laboratory
+from kpt_lightning.optimize.laboratory import Laboratory, record_calls_of
 from kpt_lightning.optimize.loss_gate import LossGate
 from kpt_lightning.optimize.rules import make_plan
 from kpt_lightning.optimize.trial import compare, judge_gain, self_check
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.work import Work
-from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.gates import Numerics
 from kpt_lightning.validation.state import preserved
 
@@ -42,7 +40,7 @@ def guess(subject: Subject, work: Work, known: Collection[str]) -> list[Change]:
     if subject.compute_dtype is not torch.bfloat16:
         plan = replace(plan, changes=[change for change in plan.changes if change.candidate != "float8"])
     if plan.float8_layers:
-        plan = extended(plan, subject, work)
+        plan = extended(plan, subject, work.loss)
     return [change for change in plan.changes if change.candidate in known]
 
 
@@ -81,6 +79,6 @@ def _judged(
     if kept and lossy:
         record = losses.judged(record, changes)
     if record.kept:
-        with applied(subject, laboratory.eager(changes), laboratory.lookup), preserved(subject.model):
-            subject.calls = record_calls(subject.model, laboratory.work.loss)
+        with laboratory.state(laboratory.eager(changes))():
+            record_calls_of(subject, laboratory.work)
     return record

@@ -5,13 +5,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from kpt_lightning.candidates.candidate import Change, SelfChecking, Stage
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.measure.interleave import ROUNDS
 from kpt_lightning.optimize.apply import Lookup, applied
 from kpt_lightning.optimize.baseline import Baseline
 from kpt_lightning.optimize.work import Work
+from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.reading import Expected
+from kpt_lightning.validation.state import preserved
 
 
 @dataclass(slots=True)
@@ -66,6 +70,12 @@ class Laboratory:
         self.work.loss().backward()  # type: ignore[no-untyped-call]
         self.subject.optimizer.step()
         self.subject.optimizer.zero_grad(set_to_none=True)
+
+
+def record_calls_of(subject: Subject, work: Work) -> None:
+    """How the model calls its modules in the state that it is in, for candidates to look at."""
+    with preserved(subject.model), torch.compiler.set_stance("force_eager"):
+        subject.calls = record_calls(subject.model, work.loss)
 
 
 def train_once(subject: Subject, work: Work) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,39 +13,18 @@ from kpt_lightning.decision import Rejected
 from kpt_lightning.validation.workload import named_tensors
 
 
-class OwnInputs:
-    """A few tokens of a transformers model's ``dummy_inputs``.
-
-    Source: https://huggingface.co/docs/transformers/main_classes/model
-    """
-
-    def __init__(
-        self, module: nn.Module, inputs: dict[str, Any], context: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
-        """Nothing runs yet.
-
-        Args:
-            module: The transformers model.
-            inputs: Its keyword arguments.
-            context: Entered around each pass: precision, and what the changes in force put around it.
-        """
-        self.module, self.inputs, self._context = module, inputs, context
-
-    def loss(self) -> Tensor:
-        """One pass: the model's own loss, or one of the outputs as a scalar."""
-        with self._context():
-            output = self.module(**self.inputs)
-        loss = getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
-            return loss
-        outputs = [each for _, each in named_tensors(output) if each.is_floating_point()]
-        return torch.stack([each.float().square().mean() for each in outputs]).mean()
-
-
 def own_inputs(
     model: nn.Module, device: torch.device, context: Callable[[], AbstractContextManager[Any]]
-) -> OwnInputs | Rejected:
-    """Those of the outermost module that has some, on ``device``."""
+) -> Callable[[], Tensor] | Rejected:
+    """A pass of the outermost module that has ``dummy_inputs``, a few tokens, to its loss or one of its outputs.
+
+    Source: https://huggingface.co/docs/transformers/main_classes/model
+
+    Args:
+        model: That holds it.
+        device: Where it is.
+        context: Entered around each pass: precision, and what the changes in force put around it.
+    """
     for module in model.modules():
         if not isinstance(getattr(type(module), "dummy_inputs", None), property) or not hasattr(module, "config"):
             continue
@@ -56,7 +36,7 @@ def own_inputs(
         if "use_cache" in parameters or hasattr(module.config, "use_cache"):
             # A cache is an object that a second run would change.
             found["use_cache"] = False
-        return OwnInputs(module, found, context)
+        return partial(_loss, module, found, context)
     return Rejected(
         "own inputs", "no transformers model inside, which would make inputs by itself; a trial has a batch"
     )
@@ -64,3 +44,14 @@ def own_inputs(
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _loss(module: nn.Module, inputs: dict[str, Any], context: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+    """The model's own, or one made of all its outputs."""
+    with context():
+        output = module(**inputs)
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    outputs = [each for _, each in named_tensors(output) if each.is_floating_point()]
+    return torch.stack([each.float().square().mean() for each in outputs]).mean()

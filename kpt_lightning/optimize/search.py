@@ -5,12 +5,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-
 from kpt_lightning.candidates import registry
 from kpt_lightning.candidates.candidate import Candidate, Change
 from kpt_lightning.candidates.subject import Subject
-from kpt_lightning.config import Level
 from kpt_lightning.decision import Decision, Rejected
 from kpt_lightning.errors import KptError
 from kpt_lightning.measure.interleave import ROUNDS, SLOW_ROUNDS, SLOW_SECONDS, timed
@@ -20,7 +17,7 @@ from kpt_lightning.optimize.arguments import check_search
 from kpt_lightning.optimize.baseline import Baseline, take_baseline
 from kpt_lightning.optimize.first_guess import RULES, try_together
 from kpt_lightning.optimize.guarded import check_device, guarded, told
-from kpt_lightning.optimize.laboratory import Laboratory, train_once
+from kpt_lightning.optimize.laboratory import Laboratory, record_calls_of, train_once
 from kpt_lightning.optimize.loss_gate import LossGate
 from kpt_lightning.optimize.outcome import Outcome
 from kpt_lightning.optimize.put_back import UnrestoredError, put_back
@@ -29,14 +26,11 @@ from kpt_lightning.optimize.trial import try_change
 from kpt_lightning.optimize.trial_record import TrialRecord
 from kpt_lightning.optimize.whole import judge_whole
 from kpt_lightning.optimize.work import Work
-from kpt_lightning.validation.calls import record_calls
 from kpt_lightning.validation.gates import Numerics
 from kpt_lightning.validation.reading import read
 from kpt_lightning.validation.state import preserved, surrounded_by
 
 Say = Callable[[str], None]
-
-_LEVELS = tuple(Level)
 
 
 def search(
@@ -101,10 +95,10 @@ def _try_first(
     """Keep all of the first guess, or nothing of it."""
     if not first:
         return
-    record = try_together(laboratory, first, losses)
-    say(f"{RULES}, {record.what}: {'kept' if record.kept else 'not kept'}, {record.reason}")
-    outcome.trials.append(record)
-    if record.kept:
+    guessed = try_together(laboratory, first, losses)
+    say(f"{RULES}, {guessed.what}: {'kept' if guessed.kept else 'not kept'}, {guessed.reason}")
+    outcome.trials.append(guessed)
+    if guessed.kept:
         outcome.changes += first
         for change in first:
             told = _untried(laboratory.lookup(change.candidate), change, f"faster together, see {RULES}")
@@ -116,7 +110,7 @@ def _first_look(subject: Subject, work: Work) -> Baseline:
     try:
         # As it is, before anything looks on: what the user compiles must not be compiled with an observer inside.
         read(subject.model, work.loss_and_outputs)
-        _record(subject, work)
+        record_calls_of(subject, work)
         baseline = take_baseline(subject, work.loss_and_outputs)
         subject.step_seconds = _seconds(subject, work)
     except KptError:
@@ -127,11 +121,6 @@ def _first_look(subject: Subject, work: Work) -> Baseline:
             "forward and backward pass work first"
         ) from error
     return baseline
-
-
-def _record(subject: Subject, work: Work) -> None:
-    with preserved(subject.model), torch.compiler.set_stance("force_eager"):
-        subject.calls = record_calls(subject.model, work.loss)
 
 
 def _seconds(subject: Subject, work: Work) -> float:
@@ -195,8 +184,7 @@ def _worth(tried: tuple[TrialRecord, Change]) -> float:
 def _proposals(laboratory: Laboratory, candidate: Candidate, kept: Sequence[Change]) -> Sequence[Change | Rejected]:
     """What a candidate proposes for the model with what was kept so far."""
     subject = laboratory.subject
-    levels = _LEVELS[: _LEVELS.index(subject.config.level) + 1]
-    verdict: Decision = registry.admitted(candidate, levels, subject.profile.supports)
+    verdict: Decision = registry.admitted(candidate, subject.config.level.and_below, subject.profile.supports)
     if isinstance(verdict, Rejected):
         return [verdict]
     try:
@@ -232,7 +220,7 @@ def _new_baseline(laboratory: Laboratory, kept: Sequence[Change]) -> None:
     """Changes of precision were judged; what follows is compared with the model in its new precision."""
     eager = laboratory.eager(kept)
     with applied(laboratory.subject, eager, laboratory.lookup):
-        _record(laboratory.subject, laboratory.work)
+        record_calls_of(laboratory.subject, laboratory.work)
     if laboratory.steady(kept[-1:]):
         with applied(laboratory.subject, laboratory.steady(eager), laboratory.lookup):
             laboratory.baseline = take_baseline(laboratory.subject, laboratory.work.loss_and_outputs)

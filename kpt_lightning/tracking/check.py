@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kpt_lightning.measure import statistics
-from kpt_lightning.tracking.compare import environment_facts
+from kpt_lightning.tracking.compare import environment_changes
 from kpt_lightning.tracking.gate import Verdict, compare
 from kpt_lightning.tracking.record import RunKey, RunRecord
 from kpt_lightning.tracking.severity import DEFAULT_LIMITS, SeverityLimits
@@ -65,7 +65,7 @@ def check_runs(
     found = []
     for runs in by_key.values():
         older, newer = runs[:-new], runs[-new:]
-        alike = [run for run in older if environment_facts(run) == environment_facts(newer[-1])]
+        alike = [run for run in older if not environment_changes(run, newer[-1])]
         note = _what_changed(older, newer[-1]) if len(alike) < len(older) else ""
         names = newer[-1].metrics if metrics is None else [name for name in newer[-1].metrics if name in metrics]
         found += [_checked(alike, newer, name, note, limits) for name in names]
@@ -94,9 +94,6 @@ def _values(runs: Sequence[RunRecord], name: str) -> list[float]:
 
 def _what_changed(older: Sequence[RunRecord], newest: RunRecord) -> str:
     """The last change, in words."""
-    now = environment_facts(newest)
-    other = next(run for run in reversed(older) if environment_facts(run) != now)
-    then = environment_facts(other)
-    names = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    changes = ", ".join(f"{name} {then.get(name, 'none')} -> {now.get(name, 'none')}" for name in names)
-    return f"only runs since the environment changed are compared with: {changes}"
+    found = next(changes for run in reversed(older) if (changes := environment_changes(run, newest)))
+    text = ", ".join(f"{name} {then or 'none'} -> {now or 'none'}" for name, (then, now) in found.items())
+    return f"only runs since the environment changed are compared with: {text}"

@@ -152,7 +152,7 @@ def compare_runs(
         baseline=baseline,
         new=new,
         rows=tuple(rows),
-        environment_changes=_changes(environment_facts(baseline), environment_facts(new)),
+        environment_changes=environment_changes(baseline, new),
         commits=commits if commits[0] != commits[1] else None,
         like_runs=len(like) if len(like) >= HISTORY_NEEDED else 0,
         problems=tuple(problems),
@@ -177,9 +177,11 @@ def environment_facts(run: RunRecord) -> dict[str, str]:
     return {name: value for name, value in run.environment.items() if name != CODE_KEY}
 
 
-def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
-    names = sorted(old.keys() | new.keys())
-    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+def environment_changes(old: RunRecord, new: RunRecord) -> dict[str, tuple[str | None, str | None]]:
+    """Name to (old, new) of everything but the commit that is not the same."""
+    then, now = environment_facts(old), environment_facts(new)
+    names = sorted(then.keys() | now.keys())
+    return {name: (then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)}
 
 
 def _row(name: str, old: Metric, new: Metric, like: Sequence[Metric], floor: float | None, resolution: float) -> Row:

@@ -34,3 +34,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture
+def interpreter_counts_with_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter bounds loops by arrays of one element, which NumPy 2.4 takes for no numbers."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="the kernels are written in Triton")
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)

@@ -10,7 +10,6 @@ from torch import Tensor
 from kpt_lightning.validation.numerics import relative_error, sqnr_db
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
-from triton.runtime import interpreter
 
 from kpt_lightning.kernels import rms_norm_triton as kernels
 from tests.kernels.norms import (
@@ -27,22 +26,10 @@ from tests.kernels.norms import (
     random,
 )
 
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="Triton's interpreter is on only where there is no GPU"
-        ),
-    ),
-    pytest.param("cuda", marks=pytest.mark.sm89),
-]
-
+pytestmark = pytest.mark.usefixtures("interpreter_counts_with_numpy")
 
 # NumPy, which the interpreter computes with, warns of what IEEE arithmetic defines.
 numpy_warns = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-
-on_device = pytest.mark.parametrize("device", DEVICES)
 
 
 # Several rows in a block, none full; a row longer than a tile; rows of one element.
@@ -60,19 +47,6 @@ def forward(
     return kernels.launch_forward(x, weight=weight, out_dtype=out_dtype or x.dtype, **given)
 
 
-@pytest.fixture(autouse=True)
-def interpreter_counts_with_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter bounds loops by arrays of one element, which NumPy 2.4 takes for no numbers."""
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-
-
-@on_device
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "weight_dtype", "out_dtype"), DTYPES)
 @pytest.mark.parametrize("casting", ["llama", "gemma"])
@@ -93,7 +67,6 @@ def test_the_norm_is_that_of_float64(
     assert_near(rstd, torch.rsqrt(x.double().square().mean(-1) + EPS))
 
 
-@on_device
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_llamas_rule_rounds_before_the_weight_and_gemmas_does_not(device: str, dtype: torch.dtype) -> None:
     x, weight = random(37, 48, dtype=dtype, device=device), torch.ones(48, device=device)
@@ -102,7 +75,6 @@ def test_llamas_rule_rounds_before_the_weight_and_gemmas_does_not(device: str, d
     assert not torch.equal(exact, exact.to(dtype).float())
 
 
-@on_device
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtypes", list(itertools.product([FP32, BF16], [FP32, BF16])))
 def test_the_sum_is_that_of_torch_and_its_norm_that_of_float64(
@@ -118,7 +90,6 @@ def test_the_sum_is_that_of_torch_and_its_norm_that_of_float64(
     assert_near(y, exact_norm(summed, weight))
 
 
-@on_device
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "weight_dtype", "grad_dtype"), DTYPES)
 @pytest.mark.parametrize("with_residual", [True, False])
@@ -142,7 +113,6 @@ def test_gradients_are_those_of_float64(
     assert_near(grad_weight, expected[1], dtype)
 
 
-@on_device
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("x_dtype", [FP32, BF16, FP16])
@@ -159,7 +129,6 @@ def test_both_fp8_layouts_hold_the_norm(
     assert_near(rstd, torch.rsqrt(x.double().square().mean(-1) + EPS))
 
 
-@on_device
 def test_inputs_are_read_by_their_strides(device: str) -> None:
     wide = random(37, 200, device=device)
     across = random(48, 37, device=device, seed=1).t()
@@ -180,7 +149,6 @@ def test_inputs_are_read_by_their_strides(device: str) -> None:
             assert (one.float() != other.float()).float().mean() <= 0.01 or not eight_bits
 
 
-@on_device
 def test_without_rows_results_are_empty_and_the_weight_gradient_zero(device: str) -> None:
     x, weight = torch.empty(0, 48, device=device), random(48, device=device)
     y, summed, rstd = forward(x, weight, residual=x)
@@ -195,7 +163,6 @@ def test_without_rows_results_are_empty_and_the_weight_gradient_zero(device: str
     assert torch.equal(grad_weight, torch.zeros_like(weight))
 
 
-@on_device
 @pytest.mark.parametrize("size", [1e15, 1e-15])
 @pytest.mark.parametrize("eps", [1e-5, 1e-30])
 def test_huge_and_tiny_rows_are_normalized(device: str, size: float, eps: float) -> None:
@@ -208,7 +175,6 @@ def test_huge_and_tiny_rows_are_normalized(device: str, size: float, eps: float)
 
 
 @numpy_warns
-@on_device
 def test_rows_of_zeros_are_zeros_even_with_padding_and_no_epsilon(device: str) -> None:
     x, weight = torch.zeros(37, 48, device=device), random(48, device=device)
     rows, _, scale, _ = kernels.launch_quantize(x, weight, EPS, 0.0, True, E4M3)
@@ -221,7 +187,6 @@ def test_rows_of_zeros_are_zeros_even_with_padding_and_no_epsilon(device: str) -
 
 
 @numpy_warns
-@on_device
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_are_carried_as_in_pytorch(device: str, value: float) -> None:
     x, weight = random(37, 48, device=device), random(48, device=device, seed=1)
@@ -245,7 +210,6 @@ def test_nan_and_infinity_are_carried_as_in_pytorch(device: str, value: float) -
     assert not grad_weight[4].isfinite()
 
 
-@on_device
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_element_is_written_and_no_other_is_read(
     monkeypatch: pytest.MonkeyPatch, device: str, shape: tuple[int, int]
@@ -269,7 +233,6 @@ def test_every_element_is_written_and_no_other_is_read(
     assert all(each.float().isfinite().all() for each in written)
 
 
-@on_device
 def test_the_same_bits_every_time(device: str) -> None:
     x, weight, grad = (random(*size, device=device, seed=sum(size)) for size in ((200, 48), (48,), (200, 48)))
 
@@ -280,7 +243,6 @@ def test_the_same_bits_every_time(device: str) -> None:
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(run(), run(), strict=True))
 
 
-@on_device
 def test_a_launch_configuration_changes_nothing_but_the_order_of_sums(device: str) -> None:
     x, weight, grad = (random(*size, device=device, seed=sum(size)) for size in ((200, 48), (48,), (200, 48)))
     row = kernels.RowLaunch(elements=256, elements_per_thread=4, programs_per_sm=5, num_stages=2)

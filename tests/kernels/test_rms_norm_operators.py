@@ -1,7 +1,6 @@
 """RMS norm as operators of torch: gradients, compilation, contracts and errors."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,22 +12,10 @@ from kpt_lightning.kernels import rms_norm as norms
 from kpt_lightning.validation.numerics import sqnr_db
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
-from triton.runtime import interpreter
 
 from tests.kernels.norms import BF16, E4M3, EPS, FP32, LIMITS, assert_near, exact_backward, exact_norm, random
 
-
-@pytest.fixture(autouse=True)
-def interpreter_counts_with_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter bounds loops by arrays of one element, which NumPy 2.4 takes for no numbers."""
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-
+pytestmark = pytest.mark.usefixtures("interpreter_counts_with_numpy")
 
 MODULES = [(LlamaRMSNorm, "llama", 0.0), (GemmaRMSNorm, "gemma", 1.0)]
 
