@@ -9,6 +9,7 @@ from torch import nn
 
 from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.compiled_call import compiled_call
+from kpt_lightning.candidates.cuda_graphs import GraphedWhereSmall
 from kpt_lightning.candidates.inductor import Inductor
 from kpt_lightning.candidates.key_value_cache import restore_cache, switch_off_cache
 from kpt_lightning.candidates.subject import Subject
@@ -16,6 +17,7 @@ from kpt_lightning.config import Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.optional import OptionalPackage
+from kpt_lightning.precision.kernel_sizes import LEAST_ELEMENTS
 from kpt_lightning.validation.gates import Numerics
 
 
@@ -39,18 +41,36 @@ def decide_blocks(model: nn.Module) -> list[Decision]:
     return decisions
 
 
+def decide_graphs(kind: str, parallel: str) -> Decision:
+    """Whether compiled blocks are replayed as CUDA graphs.
+
+    Args:
+        kind: Of the device, as in ``torch.device.type``.
+        parallel: As in the plan.
+    """
+    if kind != "cuda":
+        return Rejected("CUDA graphs", f"a {kind} has none")
+    if parallel != "single":
+        return Rejected("CUDA graphs", f"not measured with {parallel}: collectives run beside the passes")
+    # One H200, the 1B shape: 4 x 1024 tokens 49 ms a step, 76 without (benchmarks/results/small_inputs_*).
+    return Accepted("CUDA graphs", f"one launch for a pass of a block, for inputs below {LEAST_ELEMENTS:,} elements")
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile(module)`` or ``module.compile()`` was called on it."""
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
-def compile_blocks(model: nn.Module, names: Iterable[str], key: str = "") -> list[nn.Module]:
+def compile_blocks(
+    model: nn.Module, names: Iterable[str], key: str = "", *, graphs: bool = False
+) -> list[nn.Module]:  # fmt: skip
     """Compile the named modules in place; state-dict keys stay. Tracing happens at the first call.
 
     Args:
         model: Module that holds them.
         names: Their names.
         key: Of the compiled code, see ``candidates.inductor``.
+        graphs: Replay them as CUDA graphs where inputs are small.
 
     Returns:
         The modules, for :func:`restore_blocks`.
@@ -64,14 +84,17 @@ def compile_blocks(model: nn.Module, names: Iterable[str], key: str = "") -> lis
     blocks = [modules[name] for name in names]
     for block in blocks:
         # What nn.Module.compile does, with a frame that is traced for torch's own classes too.
-        block._compiled_call_impl = compiled_call(block, Inductor(key))
+        call = GraphedWhereSmall(block, key) if graphs else compiled_call(block, Inductor(key))
+        block._compiled_call_impl = call  # type: ignore[assignment,unused-ignore]
     return blocks
 
 
 def restore_blocks(blocks: Iterable[nn.Module]) -> None:
     """Undo :func:`compile_blocks`."""
     for block in blocks:
-        vars(block).pop("_compiled_call_impl", None)
+        compiled = vars(block).pop("_compiled_call_impl", None)
+        if isinstance(compiled, GraphedWhereSmall):
+            compiled.release()
 
 
 @contextmanager
@@ -106,14 +129,21 @@ class CompileBlocks:
         if not names:
             reason = decisions[0].reason if decisions else "the model has no repeated blocks"
             return [Rejected(self.name, reason)]
-        return [Change(candidate=self.name, setting={"blocks": names}, reason=f"{len(names)} blocks, in place")]
+        plain = Change(candidate=self.name, setting={"blocks": names}, reason=f"{len(names)} blocks, in place")
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        verdict = decide_graphs(subject.device.type, "several processes" if several else "single")
+        if not verdict:
+            return [plain, Rejected(self.name, f"CUDA graphs: {verdict.reason}")]
+        setting = {"blocks": names, "graphs": True}
+        return [plain, Change(candidate=self.name, setting=setting, reason=f"{plain.reason}; {verdict.reason}")]
 
     def apply(self, subject: Subject, setting: Mapping[str, Any]) -> ExitStack:
         """As :func:`compile_blocks`; the stack undoes it."""
         with ExitStack() as undo:
             undo.enter_context(room_for_graphs(len(setting["blocks"])))
             undo.callback(restore_cache, switch_off_cache(subject.model))
-            undo.callback(restore_blocks, compile_blocks(subject.model, setting["blocks"], subject.key))
+            graphs = setting.get("graphs", False)
+            undo.callback(restore_blocks, compile_blocks(subject.model, setting["blocks"], subject.key, graphs=graphs))
             return undo.pop_all()
 
     def undo(self, subject: Subject, applied: ExitStack) -> None:

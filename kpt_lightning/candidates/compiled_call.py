@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_CODES: "weakref.WeakKeyDictionary[type[nn.Module], CodeType]" = weakref.WeakKeyDictionary()
+_CODES: "weakref.WeakKeyDictionary[type[nn.Module], dict[str, CodeType]]" = weakref.WeakKeyDictionary()
 
 
-def compiled_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_call(module: nn.Module, backend: Callable[..., Any], kind: str = "call") -> Callable[..., Any]:
     """A compiled function that calls ``module``, hooks included; tracing happens at its first call.
 
     ``nn.Module.compile`` gives torch a frame of its own file, which dynamo never traces: it goes on to the frames that
@@ -27,10 +27,11 @@ def compiled_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[..
             when one is unfrozen, whose gradient is then lost without a word
             (https://github.com/pytorch/pytorch/pull/177158).
         backend: As ``torch.compile`` takes it.
+        kind: Modules of one class share their code for each of these words.
     """
     # FSDP2 puts other Parameters in the place of these.
     owners = [each._parameters for each in module.modules() if each._parameters]
-    compiled = torch.compile(_traced(module), backend=backend)
+    compiled = torch.compile(_traced(module, kind), backend=backend)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         weights = (each for owner in owners for each in owner.values() if each is not None)
@@ -39,7 +40,14 @@ def compiled_call(module: nn.Module, backend: Callable[..., Any]) -> Callable[..
     return call
 
 
-def _traced(module: nn.Module) -> Callable[..., Any]:
+def forget(module: nn.Module, kind: str) -> None:
+    """Drop what was compiled for the class of ``module`` under this word, and the memory that it holds."""
+    code = _CODES.get(type(module), {}).pop(kind, None)
+    if code is not None:
+        torch._C._dynamo.eval_frame.reset_code(code)
+
+
+def _traced(module: nn.Module, kind: str) -> Callable[..., Any]:
     traced: Any = module
 
     def call(trained: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +56,8 @@ def _traced(module: nn.Module) -> Callable[..., Any]:
             raise ValueError("no text of what is trained")
         return traced._call_impl(*args, **kwargs)
 
-    kind = type(module)
-    if kind not in _CODES:
-        _CODES[kind] = call.__code__.replace(co_name=f"call of {kind.__module__}.{kind.__qualname__}")
-    return FunctionType(_CODES[kind], call.__globals__, "call", None, call.__closure__)
+    owner = type(module)
+    codes = _CODES.setdefault(owner, {})
+    if kind not in codes:
+        codes[kind] = call.__code__.replace(co_name=f"{kind} of {owner.__module__}.{owner.__qualname__}")
+    return FunctionType(codes[kind], call.__globals__, "call", None, call.__closure__)

@@ -69,7 +69,7 @@ class Float8Mlp:
         count = sum(len(group["modules"]) for group in groups)
         text = (
             f"{count} gated MLPs, each as one: input quantized once, gate and up merged, their product written in FP8; "
-            f"for inputs of {LEAST_ELEMENTS:,} elements and more"
+            f"for inputs of {LEAST_ELEMENTS:,} elements and more, and in CUDA graphs"
         )
         change = Change(candidate=self.name, setting={"groups": groups}, reason=text)
         return [change, *found] if groups else found

@@ -84,7 +84,7 @@ class Float8Siblings:
         layers = sum(map(len, groups))
         text = (
             f"{layers} layers by kernels that quantize an input once, {merged} groups of them merged; for inputs of "
-            f"{LEAST_ELEMENTS:,} elements and more"
+            f"{LEAST_ELEMENTS:,} elements and more, and in CUDA graphs"
         )
         return [Change(candidate=self.name, setting={"groups": groups}, reason=text)]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,18 +42,22 @@ class Inductor:
 
     Attributes:
         key: Any text.
+        cuda_graphs: Replay what was compiled as a CUDA graph, one for each pass and each size of the inputs; not where
+            sizes are symbols. What it returns lies in memory that the next call writes to: see ``cuda_graphs.py``.
     """
 
     key: str
+    cuda_graphs: bool = field(default=False, kw_only=True)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph as ``backend="inductor"`` does."""
         from torch._inductor.compile_fx import compile_fx
 
+        patches = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
         # torch's caches of compiled code on disk know nothing of the key either.
         settings: Any = torch.compiler.config
         with settings.patch(cache_key_tag=f"{settings.cache_key_tag}{self.key}"):
-            compiled: Any = compile_fx(graph, list(inputs))
+            compiled: Any = compile_fx(graph, list(inputs), config_patches=patches if self.cuda_graphs else None)
 
         def run(*args: Any) -> Any:
             for counts in _active:

@@ -22,7 +22,7 @@ from kpt_lightning.errors import KptError, VerificationError
 from kpt_lightning.hardware import HardwareProfile, detect
 from kpt_lightning.optimize.apply import applied, split_by_need
 from kpt_lightning.optimize.by_proof import extended
-from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, check_recompiles
+from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, check_recompiles, late_findings
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.replay import adopted
 from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
@@ -205,7 +205,7 @@ class Engine:
             self.plan.proofs.append(check_recompiles(self._graphs_then))
         if not all(self.plan.explain("whole graphs")):
             return []
-        late = [proof for proof in check_graphs(self._graphs, self.plan.compiled_modules) if not proof]
+        late = late_findings(self._graphs, self.plan.compiled_modules)
         self.plan.proofs += late
         return [f"after step 1: {proof.reason}" for proof in late]
 

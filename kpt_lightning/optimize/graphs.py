@@ -17,12 +17,14 @@ class GraphCounts:
         breaks: Places where a graph broke and Python ran instead.
         failed: Functions that were to be compiled and run in Python, at the recompile limit for one.
         attempts: Times that a function was traced, first and again for inputs of another kind.
+        not_replayed: Graphs that were to be replayed as CUDA graphs and are launched kernel by kernel.
     """
 
     graphs: int
     breaks: int
     failed: int
     attempts: int
+    not_replayed: int
 
     @classmethod
     def now(cls) -> Self:
@@ -33,6 +35,7 @@ class GraphCounts:
             breaks=sum(counters["graph_break"].values()),
             failed=frames["total"] - frames["ok"],
             attempts=frames["total"],
+            not_replayed=counters["inductor"]["cudagraph_skips"],
         )
 
 
@@ -69,6 +72,20 @@ def check_graphs(before: GraphCounts, modules: int, runs: int | None = None) -> 
     return [
         Accepted("whole graphs", f"{graphs} graphs for {modules} modules and what else is compiled, without a break")
     ]
+
+
+def late_findings(before: GraphCounts, modules: int) -> list[Decision]:
+    """What went wrong by the end of a run: a function that fell back to Python, a CUDA graph that is not replayed.
+
+    Args:
+        before: As for :func:`check_graphs`.
+        modules: As for :func:`check_graphs`.
+    """
+    found = [proof for proof in check_graphs(before, modules) if not proof]
+    if count := GraphCounts.now().not_replayed - before.not_replayed:
+        reason = f"{count} graphs are launched kernel by kernel; TORCH_LOGS=cudagraphs says why"
+        found.append(Rejected("CUDA graphs", reason))
+    return found
 
 
 def check_recompiles(after_first_step: GraphCounts) -> Decision:

@@ -93,7 +93,8 @@ class Plan:
                 count = f"{len(self.float8_layers)} of {len(self.layers)}"
                 parts.append(f"{count} linear layers in FP8 ({setting['recipe']})")
             elif change.candidate == "compile_blocks":
-                parts.append(f"{len(setting['blocks'])} blocks compiled")
+                graphs = ", as CUDA graphs where inputs are small" if setting.get("graphs") else ""
+                parts.append(f"{len(setting['blocks'])} blocks compiled{graphs}")
             elif change.candidate == "compile_loss":
                 parts.append("loss compiled")
             else:

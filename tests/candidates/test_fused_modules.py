@@ -137,7 +137,7 @@ def test_norms_and_mlps_by_liger_keep_loss_and_gradients(name: str, dtype: torch
     sub = subject(name, net)
     norms = [each for each in fused_norm.CANDIDATE.applies(sub) if isinstance(each, Change)]
     mlps = [each for each in fused_mlp.CANDIDATE.applies(sub) if isinstance(each, Change)]
-    assert [each.setting["backend"] for each in norms] == ["torch", "liger"]
+    assert [each.setting["backend"] for each in norms] == ["torch", "kpt", "liger"]
     assert len(mlps) == (1 if _activation(net) != "gelu" else 0)
 
     for change in norms:
