@@ -161,11 +161,8 @@ def loss_gradient_cases(sizes: list[str]) -> Iterator[Case]:
 
     first = kernels.QUANTIZE_CONFIG
     grid = {"default": first} | {
-        f"{rows} x {columns}, {warps} warps, bands of {band}": replace(
-            first, rows=rows, columns=columns, num_warps=warps, band=band
-        )
-        for rows, columns, warps in ((64, 64, 4), (128, 64, 4), (64, 128, 8), (32, 128, 4))
-        for band in (1, 4, 8, 16, 64)
+        f"{rows} x {columns}, {warps} warps": replace(first, rows=rows, columns=columns, num_warps=warps)
+        for rows, columns in ((64, 64), (128, 64), (64, 128), (32, 128), (64, 32)) for warps in (2, 4, 8)
     }  # fmt: skip
 
     def launch(logits: Tensor, labels: Tensor, logsumexp: Tensor, config: Any) -> Any:

@@ -1,5 +1,6 @@
 """Triton kernels of the cross entropy of rows of logits: loss, gradient, and gradient in FP8 in two layouts."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import triton  # noqa: TID253  only CUDA implementations import this module
 import triton.language as tl  # noqa: TID253
 from torch import Tensor
 
-from kpt_lightning.kernels.quantize_triton import in_words, is_ragged, store_both, tile_start_in_bands
+from kpt_lightning.kernels.quantize_triton import INTERPRETED, in_words, is_ragged, store_both, tile_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +20,15 @@ class LaunchConfig:
         columns: Columns, likewise.
         num_warps: Warps of a program.
         num_stages: Loads in flight in a loop.
-        band: Rows of tiles that programs go down before they go to the right.
     """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
-    band: int = 1
 
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 # On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
 ROWS_CONFIG = LaunchConfig(rows=1, columns=16384, num_warps=8, num_stages=1)
@@ -94,26 +95,43 @@ def _backward_kernel(
 def _backward_quantize_kernel(
     logits: tl.tensor, labels: tl.tensor, logsumexp: tl.tensor, grad_rows: tl.tensor, grad_columns: tl.tensor,
     count: tl.tensor, classes: tl.tensor, width: tl.tensor, stride: tl.tensor, rows_stride: tl.tensor,
-    columns_stride: tl.tensor, ignore_index: tl.tensor, LARGEST: tl.constexpr, RAGGED: tl.constexpr,
-    WITH_COLUMNS: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    columns_stride: tl.tensor, ignore_index: tl.tensor, LARGEST: tl.constexpr, LOG2_LARGEST: tl.constexpr,
+    RAGGED: tl.constexpr, WHOLE: tl.constexpr, WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per tile, which is written as it is and transposed; no magnitude is above 1, hence the scale."""
-    first_row, first_column = tile_start_in_bands(count, width, BAND, ROWS, COLUMNS)
+    """One program per tile, which is written as it is and transposed; no magnitude is above 1, hence the scale.
+
+    What limits it is instructions, not memory: the scale is in the exponent, classes and ignored rows are in the mask
+    of the load, and labels are looked for only in a tile that holds one. WHOLE: every tile is full of classes.
+    """
+    first_row, first_column = tile_start(width, False, ROWS, COLUMNS)
     row, place = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     inside = row < count
     label = tl.load(labels + row, mask=inside, other=ignore_index)
     ignored = label == ignore_index
-    # A label that is no class makes its row NaN, by the one number of the row: fewer instructions an element.
-    known = tl.load(logsumexp + row, mask=inside, other=0.0)
+    # A label that is no class makes its row NaN, by the one number of the row.
+    known = tl.load(logsumexp + row, mask=inside & (label != ignore_index), other=0.0)
     known = tl.where(ignored | ((label >= 0) & (label < classes)), known, float("nan"))[:, None]
-    label = tl.where(ignored, -1, label).to(tl.int32)[:, None]
-    real = inside[:, None] & (place < classes)[None, :]
+    real = (inside & (label != ignore_index))[:, None]
+    if not WHOLE:
+        real = real & (place < classes)[None, :]
     x = tl.load(logits + row[:, None].to(tl.int64) * stride + place[None, :], mask=real, other=-float("inf"))
-    value = tl.exp(x.to(tl.float32) - known) - tl.where(place[None, :] == label, 1.0, 0.0)
-    value = tl.where(ignored[:, None], 0.0, value)
+    value = _exp2((x.to(tl.float32) - known) * LOG2_E + LOG2_LARGEST)
+    label = tl.where(ignored, -1, label).to(tl.int32)
+    if tl.max(((label >= first_column) & (label < first_column + COLUMNS)).to(tl.int32), axis=0) > 0:
+        value -= tl.where(place[None, :] == label[:, None], LARGEST, 0.0)
     store_both(
-        value, LARGEST, grad_rows, grad_columns, first_row, first_column, count, width, rows_stride, columns_stride,
+        value, 1.0, grad_rows, grad_columns, first_row, first_column, count, width, rows_stride, columns_stride,
         RAGGED, True, WITH_COLUMNS, LARGEST,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _exp2(value: tl.tensor) -> tl.tensor:
+    """A power of two, 0 where it is below 2^-126, which no FP8 has: one instruction instead of four."""
+    if INTERPRETED:
+        return tl.exp2(value)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
     )  # fmt: skip
 
 
@@ -163,6 +181,7 @@ def launch_backward_quantize(
     """The same in FP8, as :func:`kpt_lightning.kernels.cross_entropy.cross_entropy_backward_quantize`."""
     count, classes = logits.shape
     rows = torch.empty((count, width), dtype=dtype, device=logits.device)
+    largest = torch.finfo(dtype).max
     if count:
         tiles = triton.cdiv(width, config.columns) * triton.cdiv(count, config.rows)
         part = rows.new_empty((0, 4)) if columns is None else columns[:, offset : offset + count]
@@ -170,8 +189,8 @@ def launch_backward_quantize(
             _backward_quantize_kernel[(tiles,)](
                 logits, labels, logsumexp, in_rows, in_columns,
                 count, classes, width, logits.stride(0), in_rows.stride(0), in_columns.stride(0), ignore_index,
-                LARGEST=torch.finfo(dtype).max, RAGGED=is_ragged(count, width), WITH_COLUMNS=columns is not None,
-                BAND=config.band,
+                LARGEST=largest, LOG2_LARGEST=math.log2(largest), RAGGED=is_ragged(count, width),
+                WHOLE=width == classes and classes % config.columns == 0, WITH_COLUMNS=columns is not None,
                 ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
     return rows

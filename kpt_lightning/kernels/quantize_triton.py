@@ -119,13 +119,41 @@ def store_both(
         even, odd = tl.split(tl.reshape(turned, (turned.shape[0], turned.shape[1] // 4, 2, 2)))
         first, third = tl.split(even)
         second, fourth = tl.split(odd)
+        turned = _bytes_turned(first, second, third, fourth)
         for byte in tl.static_range(4):
-            word = (
-                ((first >> (8 * byte)) & 0xFF) | (((second >> (8 * byte)) & 0xFF) << 8)
-                | (((third >> (8 * byte)) & 0xFF) << 16) | (((fourth >> (8 * byte)) & 0xFF) << 24)
-            )  # fmt: skip
             there = (column + byte).to(tl.int64) * (columns_stride // 4)
-            tl.store(place + there, word, mask=(column + byte < width) & (quarter < down))
+            tl.store(place + there, turned[byte], mask=(column + byte < width) & (quarter < down))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _bytes_turned(first: tl.tensor, second: tl.tensor, third: tl.tensor, fourth: tl.tensor) -> Any:
+    """Four words of the lowest, second, third and highest bytes of four words: 4 x 4 bytes transposed."""
+    if INTERPRETED:
+        return (
+            _byte_of_each(first, second, third, fourth, 0), _byte_of_each(first, second, third, fourth, 1),
+            _byte_of_each(first, second, third, fourth, 2), _byte_of_each(first, second, third, fourth, 3),
+        )  # fmt: skip
+    # Two instructions a word; from shifts and masks the compiler makes eight.
+    return tl.inline_asm_elementwise(
+        "{\n.reg .b32 low12, low34, high12, high34;\n"
+        "prmt.b32 low12, $4, $5, 0x5140;\nprmt.b32 low34, $6, $7, 0x5140;\n"
+        "prmt.b32 high12, $4, $5, 0x7362;\nprmt.b32 high34, $6, $7, 0x7362;\n"
+        "prmt.b32 $0, low12, low34, 0x5410;\nprmt.b32 $1, low12, low34, 0x7632;\n"
+        "prmt.b32 $2, high12, high34, 0x5410;\nprmt.b32 $3, high12, high34, 0x7632;\n}",
+        "=&r,=&r,=&r,=&r,r,r,r,r", [first, second, third, fourth],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _byte_of_each(
+    first: tl.tensor, second: tl.tensor, third: tl.tensor, fourth: tl.tensor, BYTE: tl.constexpr
+) -> Any:  # fmt: skip
+    shift: tl.constexpr = 8 * BYTE
+    return (
+        ((first >> shift) & 0xFF) | (((second >> shift) & 0xFF) << 8)
+        | (((third >> shift) & 0xFF) << 16) | (((fourth >> shift) & 0xFF) << 24)
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -155,22 +183,6 @@ def _four_in_a_word(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexp
 @triton.jit  # type: ignore[untyped-decorator]
 def _bits(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
     return _rounded_for_interpreter(scaled, dtype, LARGEST).to(dtype).to(tl.uint8, bitcast=True).to(tl.uint32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def tile_start_in_bands(
-    height: tl.tensor, width: tl.tensor, BAND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-) -> Any:
-    """As :func:`tile_start`, down a band of ``BAND`` rows of tiles and then to the right.
-
-    Programs that run at one time touch fewer pages of memory, where rows of both layouts lie far apart.
-    """
-    tile = tl.program_id(0)
-    across, down = tl.cdiv(width, BLOCK_COLUMNS), tl.cdiv(height, BLOCK_ROWS)
-    first = tile // (BAND * across) * BAND
-    band = tl.minimum(BAND, down - first)
-    place = tile % (BAND * across)
-    return (first + place % band) * BLOCK_ROWS, (place // band) * BLOCK_COLUMNS
 
 
 @triton.jit  # type: ignore[untyped-decorator]
