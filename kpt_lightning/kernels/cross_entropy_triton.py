@@ -8,7 +8,7 @@ import triton  # noqa: TID253  only CUDA implementations import this module
 import triton.language as tl  # noqa: TID253
 from torch import Tensor
 
-from kpt_lightning.kernels.quantize_triton import INTERPRETED, in_words, is_ragged, store_both, tile_start
+from kpt_lightning.kernels.quantize_triton import INTERPRETED, in_words, is_ragged, store_both, tile_start, to_float8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class LaunchConfig:
     num_stages: int
 
 
-LOG2_E = tl.constexpr(math.log2(math.e))
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LABELS = 64
+"""Rows that one program of the second kernel takes: 64 programs for 4096."""
 
 # On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
 ROWS_CONFIG = LaunchConfig(rows=1, columns=16384, num_warps=8, num_stages=1)
@@ -98,31 +100,46 @@ def _backward_quantize_kernel(
     columns_stride: tl.tensor, ignore_index: tl.tensor, LARGEST: tl.constexpr, LOG2_LARGEST: tl.constexpr,
     RAGGED: tl.constexpr, WHOLE: tl.constexpr, WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per tile, which is written as it is and transposed; no magnitude is above 1, hence the scale.
+    """One program per tile of the softmax, written as it is and transposed; nothing is above 1, hence the scale.
 
-    What limits it is instructions, not memory: the scale is in the exponent, classes and ignored rows are in the mask
-    of the load, and labels are looked for only in a tile that holds one. WHOLE: every tile is full of classes.
+    What limits it is instructions, not memory: the scale is in the exponent, ignored rows are in the mask of the load,
+    and labels are left to :func:`_labels_kernel`. WHOLE: every tile is full of classes.
     """
     first_row, first_column = tile_start(width, False, ROWS, COLUMNS)
     row, place = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     inside = row < count
     label = tl.load(labels + row, mask=inside, other=ignore_index)
-    ignored = label == ignore_index
+    used = inside & (label != ignore_index)
     # A label that is no class makes its row NaN, by the one number of the row.
-    known = tl.load(logsumexp + row, mask=inside & (label != ignore_index), other=0.0)
-    known = tl.where(ignored | ((label >= 0) & (label < classes)), known, float("nan"))[:, None]
-    real = (inside & (label != ignore_index))[:, None]
+    known = tl.load(logsumexp + row, mask=used, other=0.0)
+    known = tl.where((label == ignore_index) | ((label >= 0) & (label < classes)), known, float("nan"))[:, None]
+    real = used[:, None]
     if not WHOLE:
         real = real & (place < classes)[None, :]
     x = tl.load(logits + row[:, None].to(tl.int64) * stride + place[None, :], mask=real, other=-float("inf"))
-    value = _exp2((x.to(tl.float32) - known) * LOG2_E + LOG2_LARGEST)
-    label = tl.where(ignored, -1, label).to(tl.int32)
-    if tl.max(((label >= first_column) & (label < first_column + COLUMNS)).to(tl.int32), axis=0) > 0:
-        value -= tl.where(place[None, :] == label[:, None], LARGEST, 0.0)
+    value = _exp2((x.to(tl.float32) - known) * _LOG2_E + LOG2_LARGEST)
     store_both(
         value, 1.0, grad_rows, grad_columns, first_row, first_column, count, width, rows_stride, columns_stride,
         RAGGED, True, WITH_COLUMNS, LARGEST,
     )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _labels_kernel(
+    logits: tl.tensor, labels: tl.tensor, logsumexp: tl.tensor, grad_rows: tl.tensor, grad_columns: tl.tensor,
+    count: tl.tensor, classes: tl.tensor, stride: tl.tensor, rows_stride: tl.tensor, columns_stride: tl.tensor,
+    ignore_index: tl.tensor, LARGEST: tl.constexpr, WITH_COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    """The one class of a row whose gradient is softmax minus 1, over what the other kernel wrote there."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    label = tl.load(labels + row, mask=row < count, other=ignore_index)
+    real = (label != ignore_index) & (label >= 0) & (label < classes)
+    x = tl.load(logits + row * stride + label, mask=real, other=0.0).to(tl.float32)
+    value = tl.exp(x - tl.load(logsumexp + row, mask=real, other=0.0)) - 1.0
+    value = to_float8(value * LARGEST, grad_rows.dtype.element_ty, LARGEST)
+    tl.store(grad_rows + row * rows_stride + label, value, mask=real)
+    if WITH_COLUMNS:
+        tl.store(grad_columns + label * columns_stride + row, value, mask=real)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -192,6 +209,11 @@ def launch_backward_quantize(
                 LARGEST=largest, LOG2_LARGEST=math.log2(largest), RAGGED=is_ragged(count, width),
                 WHOLE=width == classes and classes % config.columns == 0, WITH_COLUMNS=columns is not None,
                 ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+            _labels_kernel[(triton.cdiv(count, _LABELS),)](
+                logits, labels, logsumexp, in_rows, in_columns, count, classes, logits.stride(0), in_rows.stride(0),
+                in_columns.stride(0), ignore_index, LARGEST=largest, WITH_COLUMNS=columns is not None, ROWS=_LABELS,
+                num_warps=2,
             )  # fmt: skip
     return rows
 

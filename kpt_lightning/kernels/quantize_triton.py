@@ -102,7 +102,13 @@ def store_both(
     where it is stored in two layouts (https://github.com/triton-lang/triton/issues/11111), and takes more instructions.
     RAGGED: height or width is no multiple of 4. What the compiler knows to be one, it moves 16 bytes at a time.
     """
-    words = _four_in_a_word(value * scale, rows.dtype.element_ty, LARGEST)
+    words = tl.zeros((value.shape[0], value.shape[1] // 4), tl.uint32)
+    # One turn. Past a loop of this kind Triton's compiler hands words from layout to layout, as it should; without one
+    # it computes the whole tile again in each layout, which were twice the instructions.
+    turn = 0
+    while turn < 1:
+        words = _four_in_a_word(value * scale, rows.dtype.element_ty, LARGEST)
+        turn += 1
     if ROWS:
         row = first_row + tl.arange(0, value.shape[0])[:, None]
         quarter = first_column // 4 + tl.arange(0, value.shape[1] // 4)[None, :]
@@ -181,8 +187,17 @@ def _four_in_a_word(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def to_float8(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
+    """Finite values clamped, NaN kept; for values that are stored in one layout."""
+    if INTERPRETED:
+        return _rounded_for_interpreter(scaled, dtype, LARGEST).to(dtype)
+    scaled = tl.maximum(scaled, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(scaled, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _bits(scaled: tl.tensor, dtype: tl.constexpr, LARGEST: tl.constexpr) -> Any:
-    return _rounded_for_interpreter(scaled, dtype, LARGEST).to(dtype).to(tl.uint8, bitcast=True).to(tl.uint32)
+    return to_float8(scaled, dtype, LARGEST).to(tl.uint8, bitcast=True).to(tl.uint32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

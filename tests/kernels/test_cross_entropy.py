@@ -287,6 +287,7 @@ CASES = [
          dict(LARGEST=57344.0, LOG2_LARGEST=15.8, RAGGED=False, WHOLE=whole, WITH_COLUMNS=True, ROWS=32, COLUMNS=32))
         for whole in (False, True)
     ),
+    (kernels._labels_kernel, dict(LARGEST=57344.0, WITH_COLUMNS=True, ROWS=64)),
 ]
 for kernel, constants in CASES:
     names = kernel.arg_names
