@@ -41,18 +41,17 @@ def decide_blocks(model: nn.Module) -> list[Decision]:
     return decisions
 
 
-def decide_graphs(kind: str, parallel: str) -> Decision:
-    """Whether compiled blocks are replayed as CUDA graphs.
+def decide_graphs(kind: str, several: bool) -> Decision:
+    """Whether compiled blocks may be replayed as CUDA graphs; whether that is faster, a trial finds out.
 
     Args:
         kind: Of the device, as in ``torch.device.type``.
-        parallel: As in the plan.
+        several: Whether other processes train the same model.
     """
     if kind != "cuda":
         return Rejected("CUDA graphs", f"a {kind} has none")
-    if parallel != "single":
-        return Rejected("CUDA graphs", f"not measured with {parallel}: collectives run beside the passes")
-    # One H200, the 1B shape: 4 x 1024 tokens 49 ms a step, 76 without (benchmarks/results/small_inputs_*).
+    if several:
+        return Rejected("CUDA graphs", "not measured with several processes: collectives run beside the passes")
     return Accepted("CUDA graphs", f"one launch for a pass of a block, for inputs below {LEAST_ELEMENTS:,} elements")
 
 
@@ -131,7 +130,7 @@ class CompileBlocks:
             return [Rejected(self.name, reason)]
         plain = Change(candidate=self.name, setting={"blocks": names}, reason=f"{len(names)} blocks, in place")
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        verdict = decide_graphs(subject.device.type, "several processes" if several else "single")
+        verdict = decide_graphs(subject.device.type, several)
         if not verdict:
             return [plain, Rejected(self.name, f"CUDA graphs: {verdict.reason}")]
         setting = {"blocks": names, "graphs": True}

@@ -34,7 +34,7 @@ _LABELS = 64
 
 # On one H200: benchmarks/results/kernels_nvidia-h200_2026-11-23.md.
 ROWS_CONFIG = LaunchConfig(rows=1, columns=16384, num_warps=8, num_stages=1)
-QUANTIZE_CONFIG = LaunchConfig(rows=64, columns=64, num_warps=4, num_stages=1)
+QUANTIZE_CONFIG = LaunchConfig(rows=128, columns=128, num_warps=4, num_stages=1)
 # First guess, not measured.
 BACKWARD_CONFIG = LaunchConfig(rows=1, columns=8192, num_warps=8, num_stages=1)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from kpt_lightning.candidates.candidate import Change
-from kpt_lightning.candidates.compile_blocks import decide_blocks, decide_graphs, is_compiled
+from kpt_lightning.candidates.compile_blocks import decide_blocks, is_compiled
 from kpt_lightning.candidates.compile_loss import decide_loss
 from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.key_value_cache import decide_cache
@@ -74,7 +74,6 @@ def make_plan(
     plan.choices.append(blocks)
     plan.choices.append(_compile_loss(model, config, profile))
     if blocks:
-        plan.choices.append(decide_graphs(profile.kind, name))
         plan.choices.append(decide_cache(model))
     plan.changes = _changes(plan)
     return plan
@@ -89,8 +88,7 @@ def _changes(plan: Plan) -> list[Change]:
         setting = {"recipe": plan.config.float8.recipe, "layers": layers}
         changes.append(Change(candidate="float8", setting=setting, reason="by rules"))
     if plan.accepts("compile blocks"):
-        graphs = {"graphs": True} if plan.accepts("CUDA graphs") else {}
-        changes.append(Change(candidate="compile_blocks", setting={"blocks": blocks, **graphs}, reason="by rules"))
+        changes.append(Change(candidate="compile_blocks", setting={"blocks": blocks}, reason="by rules"))
     if plan.accepts("compile loss"):
         changes.append(Change(candidate="compile_loss", reason="by rules"))
     return changes
