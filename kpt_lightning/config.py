@@ -36,6 +36,7 @@ BF16_WEIGHTS = ("bf16", "fp8-true")
 WITHOUT_FLOAT8 = {"fp8": "bf16-mixed", "fp8-true": "bf16"}
 """What a model without layers in FP8 runs in."""
 ParallelName = Literal["auto", "single", "ddp", "fsdp2", "xla"]
+BackendName = Literal["native", "torchao"]
 RecipeName = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 Switch = Literal["auto"] | bool
 
@@ -63,6 +64,8 @@ class Float8Config(_Section):
 
     recipe: RecipeName = "tensorwise"
     """Scaling granularity. tensorwise is the fastest, rowwise_with_gw_hp (bf16 weight gradient) the most accurate."""
+    backend: BackendName = "native"
+    """Whose code quantizes and multiplies: this package's, or torchao's. A trial tries both where torchao is there."""
     emulate: bool = False
     """Run the same numerics in fp32 arithmetic on any device. For tests: slower than no FP8."""
     include: tuple[str, ...] = Field(default=(), strict=False)
@@ -120,6 +123,16 @@ class KptConfig(_Section):
             _contradiction(
                 f"float8.{sorted(given)[0]}", "would be ignored at level 'conservative', which keeps the numbers",
                 "Set level to 'balanced', or remove the float8 section",
+            )  # fmt: skip
+        if self.float8.backend != "native" and self.float8.odd_dims == "pad":
+            _contradiction(
+                "float8.odd_dims", f"padding goes with backend 'native'; backend is {self.float8.backend!r}",
+                "Set odd_dims to 'skip', or remove backend",
+            )  # fmt: skip
+        if self.float8.backend != "native" and self.parallel == "fsdp2":
+            _contradiction(
+                "float8.backend", f"{self.float8.backend!r} keeps the Parameters that fsdp2 exchanges",
+                "Remove backend, or set parallel to 'ddp'",
             )  # fmt: skip
         if self.float8.emulate and self.precision not in FP8_PRECISIONS:
             _contradiction(

@@ -10,7 +10,7 @@ from kpt_lightning.candidates.candidate import Change, Stage
 from kpt_lightning.candidates.subject import Subject
 from kpt_lightning.config import FP8_PRECISIONS, Float8Config, KptConfig, Level
 from kpt_lightning.decision import Decision, Rejected
-from kpt_lightning.optional import OptionalPackage
+from kpt_lightning.optional import TORCHAO, OptionalPackage
 from kpt_lightning.precision.convert import convert_to_float8, decide_layers, float8_available, restore_linear
 from kpt_lightning.precision.layer_check import check_layers
 from kpt_lightning.validation.calls import TensorSpec
@@ -47,11 +47,12 @@ class Float8:
     packages: tuple[OptionalPackage, ...] = ()
 
     def applies(self, subject: Subject) -> Sequence[Change | Rejected]:
-        """All layers that may, by recipe; then the large ones alone."""
+        """All layers that may, by recipe; then the large ones alone; and all of them by another library."""
         if reason := _why_not(subject):
             return [Rejected(self.name, reason)]
         config = with_head(subject.config)
         recipes = (config.recipe,) if "recipe" in config.model_fields_set else _RECIPES
+        backends = _backends(config)
         found: list[Change | Rejected] = []
         for recipe in recipes:
             section = config.model_copy(update={"recipe": recipe})
@@ -66,12 +67,17 @@ class Float8:
                 continue
             # A more exact recipe does more work: it is of use only where the first does not pass.
             behind = recipe != recipes[0]
-            found += [_change(subject, recipe, group, text, behind) for group, text in _groups(subject.model, names)]
+            ours, *others = backends
+            groups = _groups(subject.model, names)
+            found += [_change(subject, recipe, group, text, behind, ours) for group, text in groups]
+            if not behind:
+                found += [_change(subject, recipe, *groups[0], False, other) for other in others]
         return found
 
     def apply(self, subject: Subject, setting: Mapping[str, Any]) -> list[nn.Linear]:
         """Convert in place. Raises ConfigError where a name is no nn.Linear of this model."""
-        config = subject.config.float8.model_copy(update={"recipe": setting["recipe"]})
+        backend = setting.get("backend", "native")
+        config = subject.config.float8.model_copy(update={"recipe": setting["recipe"], "backend": backend})
         return convert_to_float8(subject.model, setting["layers"], config)
 
     def check(self, subject: Subject, run: Callable[[], Tensor]) -> Decision:
@@ -121,11 +127,19 @@ def _groups(model: nn.Module, names: list[str]) -> list[tuple[list[str], str]]:
     return groups
 
 
-def _change(subject: Subject, recipe: str, names: list[str], text: str, fallback: bool) -> Change:
+def _backends(config: Float8Config) -> tuple[str, ...]:
+    """The one that was asked for; else ours, and torchao's where it is installed and has the same layers."""
+    if "backend" in config.model_fields_set or config.emulate or config.odd_dims == "pad" or not TORCHAO.available():
+        return (config.backend,)
+    return ("native", "torchao")
+
+
+def _change(subject: Subject, recipe: str, names: list[str], text: str, fallback: bool, backend: str) -> Change:
+    other = {} if backend == "native" else {"backend": backend}
     return Change(
         candidate="float8",
-        setting={"recipe": recipe, "layers": names},
-        reason=f"{text}, recipe {recipe}",
+        setting={"recipe": recipe, "layers": names, **other},
+        reason=f"{text}, recipe {recipe}" + (f", by {backend}" if other else ""),
         predicted=_predicted(subject, names),
         fallback=fallback,
     )

@@ -24,10 +24,12 @@ from kpt_lightning.optimize.apply import applied, split_by_need
 from kpt_lightning.optimize.by_proof import extended
 from kpt_lightning.optimize.graphs import GraphCounts, check_graphs, check_recompiles, late_findings
 from kpt_lightning.optimize.plan import Plan
+from kpt_lightning.optimize.profiled import judge_kernels, kernels_of, why_no_profile
 from kpt_lightning.optimize.replay import adopted
 from kpt_lightning.optimize.rules import ASKED, check_explicit, make_plan, on_device
-from kpt_lightning.precision.evidence import check_calls, check_gradients, check_kernels, check_merged
+from kpt_lightning.precision.evidence import check_calls, check_gradients, check_merged
 from kpt_lightning.precision.float8_linear import Float8Linear
+from kpt_lightning.precision.foreign_linear import ForeignLinear
 from kpt_lightning.precision.gemm import GemmCounts, count_gemms
 
 # With manual optimization, optimizer steps of other modules that may come before the first FP8 GEMM.
@@ -68,6 +70,7 @@ class Engine:
         self._graphs_then: GraphCounts | None = None
         self._runs: GraphRuns | None = None
         self._layers: list[Float8Linear] = []
+        self._foreign = 0
         self._subject: Subject | None = None
         self._waiting: list[Change] = []
         self._device_type = "cpu"
@@ -143,8 +146,9 @@ class Engine:
             now, self._waiting = split_by_need(plan.changes) if waits else (plan.changes, [])
             undo.enter_context(applied(self._subject, now))
             self._layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
+            self._foreign = sum(isinstance(layer, ForeignLinear) for layer in self._layers)
             undo.callback(self._counting.close)
-            if self._layers:
+            if len(self._layers) > self._foreign:
                 self._counts = self._counting.enter_context(count_gemms())
             if plan.compiled_modules:
                 self._runs = self._counting.enter_context(count_graph_runs())
@@ -256,7 +260,7 @@ class Engine:
         if self._steps == 3:
             return self._observed(run, whole=True)
         try:
-            return run() if self._counts is None else self._profiled(run, whole=True)
+            return self._profiled(run, whole=True) if self._layers else run()
         finally:
             self._counting.close()
 
@@ -297,7 +301,7 @@ class Engine:
         if self._steps == 1:
             self._steps = 2
             try:
-                return run() if self._counts is None else self._profiled(run, whole)
+                return self._profiled(run, whole) if self._layers else run()
             finally:
                 self._counting.close()
         result = run()
@@ -342,12 +346,13 @@ class Engine:
         assert self.plan is not None
         proofs: list[Decision] = []
         if self._counts is not None:
-            proofs += check_calls(self._counts, self._layers)
+            own = [layer for layer in self._layers if not isinstance(layer, ForeignLinear)]
+            proofs += check_calls(self._counts, own)
             # Told, not held: the size of a batch decides.
             self.plan.proofs += check_merged(self._counts, self.plan.merges_float8)
-            # Layers that did not run have no gradient, and were named already.
-            if all(proofs):
-                proofs += check_gradients(self._layers)
+        # Layers that did not run have no gradient, and were named already.
+        if self._layers and all(proofs):
+            proofs += check_gradients(self._layers)
         if self._graphs is not None:
             runs = self._runs.total if whole and self._runs is not None else None
             proofs += check_graphs(self._graphs, self.plan.compiled_modules, runs)
@@ -355,18 +360,15 @@ class Engine:
 
     def _profiled(self, run: Callable[[], Any], whole: bool) -> Any:
         assert self.plan is not None
-        assert self._counts is not None
-        reason = self._why_no_profile(whole)
+        reason = why_no_profile(self.config, self._device_type, whole)
         if reason is not None:
-            self.plan.proofs.append(Rejected("fp8 kernels", reason))
+            other = "nothing else shows what another library runs" if self._counts is None else "calls were counted"
+            self.plan.proofs.append(Rejected("fp8 kernels", f"{reason}; {other}"))
             return run()
-        before = self._counts.launched
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
-            result = run()
-            torch.cuda.synchronize()
-        names = [event.name for event in profiler.events() or () if event.device_type.name == "CUDA"]
-        self._hold(self._kernels(names, self._counts.launched - before))
+        before = self._launched()
+        result, names = kernels_of(run)
+        # Another library's layers are not counted: each has at least its output GEMM.
+        self._hold(judge_kernels(names, self._launched() - before + self._foreign))
         return result
 
     def _observed(self, run: Callable[[], Any], whole: bool) -> Any:
@@ -374,7 +376,7 @@ class Engine:
         assert self.plan is not None
         planned = self.plan.setting("attention_backend").get("backend")
         wanted = self._device_type == "cuda" or planned is not None
-        if not wanted or self._why_no_profile(whole, needs_cuda=False) is not None:
+        if not wanted or why_no_profile(self.config, self._device_type, whole, needs_cuda=False) is not None:
             return run()
         results: list[Any] = []
         calls = observe_attention(lambda: results.append(run()))
@@ -384,17 +386,5 @@ class Engine:
             self.plan.proofs += describe(calls)
         return results[0]
 
-    @staticmethod
-    def _kernels(names: list[str], calls: int) -> Decision:
-        return check_kernels(names, calls) if calls else Rejected("fp8 kernels", "the profiled step made no FP8 call")
-
-    def _why_no_profile(self, whole: bool, *, needs_cuda: bool = True) -> str | None:
-        if torch._C._autograd._profiler_enabled():
-            return "another profiler is running; calls were counted"
-        if needs_cuda and self._device_type != "cuda":
-            return "no CUDA device to profile; calls were counted"
-        if self.config.verify == "calls":
-            return "switched off by verify='calls'"
-        if not whole:
-            return "manual optimization or Fabric: forward and backward ran outside the step; calls were counted"
-        return None
+    def _launched(self) -> int:
+        return 0 if self._counts is None else self._counts.launched

@@ -91,7 +91,8 @@ class Plan:
             setting = change.setting
             if change.candidate == "float8":
                 count = f"{len(self.float8_layers)} of {len(self.layers)}"
-                parts.append(f"{count} linear layers in FP8 ({setting['recipe']})")
+                recipe = ", by ".join(filter(None, (setting["recipe"], setting.get("backend"))))
+                parts.append(f"{count} linear layers in FP8 ({recipe})")
             elif change.candidate == "compile_blocks":
                 graphs = ", as CUDA graphs where inputs are small" if setting.get("graphs") else ""
                 parts.append(f"{len(setting['blocks'])} blocks compiled{graphs}")

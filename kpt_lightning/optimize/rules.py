@@ -11,7 +11,7 @@ from kpt_lightning.candidates.float8 import with_head
 from kpt_lightning.candidates.key_value_cache import decide_cache
 from kpt_lightning.config import BF16_WEIGHTS, FP8_PRECISIONS, KptConfig, Level
 from kpt_lightning.decision import Accepted, Decision, Rejected
-from kpt_lightning.errors import UnsupportedHardwareError
+from kpt_lightning.errors import ConfigError, UnsupportedHardwareError
 from kpt_lightning.hardware import HardwareProfile
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.precision.convert import decide_layers, float8_available
@@ -60,8 +60,12 @@ def make_plan(
 
     Raises:
         UnsupportedHardwareError: As :func:`check_explicit`, or a compilation that was asked for is impossible.
+        ConfigError: The backend of FP8 layers does not go with the way of parallel training.
     """
     check_explicit(config, profile)
+    if config.float8.backend != "native" and parallel is not None and parallel.subject == "parallel fsdp2":
+        rule = "keeps the Parameters of the layers, which fsdp2 exchanges"
+        raise ConfigError("float8.backend", config.float8.backend, rule, "Remove it, or train by ddp")
     name = "the trainer's strategy" if parallel is None else parallel.subject.removeprefix("parallel ")
     plan = Plan(config=config, device=profile.primary.name, precision="32", parallel=name)
     if parallel is not None:
@@ -85,7 +89,9 @@ def _changes(plan: Plan) -> list[Change]:
     blocks = [block.subject for block in plan.blocks if block]
     changes: list[Change] = []
     if plan.precision in FP8_PRECISIONS and layers:
-        setting = {"recipe": plan.config.float8.recipe, "layers": layers}
+        float8 = plan.config.float8
+        other = {} if float8.backend == "native" else {"backend": float8.backend}
+        setting = {"recipe": float8.recipe, "layers": layers, **other}
         changes.append(Change(candidate="float8", setting=setting, reason="by rules"))
     if plan.accepts("compile blocks"):
         changes.append(Change(candidate="compile_blocks", setting={"blocks": blocks}, reason="by rules"))

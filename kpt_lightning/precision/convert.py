@@ -6,6 +6,7 @@ objects, hooks, tied weights, state-dict keys, references that the user holds an
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,8 +17,11 @@ from kpt_lightning.config import Float8Config
 from kpt_lightning.decision import Accepted, Decision, Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.hardware import HardwareProfile
+from kpt_lightning.optional import TORCHAO
 from kpt_lightning.precision.float8_linear import ALIGNMENT, Float8Linear, Float8Settings
+from kpt_lightning.precision.foreign_linear import ForeignLinear, make_foreign
 from kpt_lightning.precision.recipes import get_recipe
+from kpt_lightning.precision.torchao_linear import torchao_linear
 
 # Where FP8 does not win back its quantization on an H100: thresholds of torchao's auto filter
 # (https://github.com/pytorch/ao/blob/main/torchao/float8/float8_linear_utils.py).
@@ -27,6 +31,8 @@ _SMALL_SIDE = 512
 def float8_available(config: Float8Config, profile: HardwareProfile) -> Decision:
     """Whether this machine runs the recipe, or ``emulate`` is set."""
     recipe = get_recipe(config.recipe)
+    if config.backend == "torchao" and not (there := TORCHAO.available()):
+        return Rejected("fp8", f"float8.backend='torchao': {there.reason}")
     if config.emulate:
         return Accepted("fp8", f"recipe {recipe.name}, emulated in fp32 arithmetic: the numbers of FP8, not its speed")
     verdict = profile.supports("fp8_rowwise" if recipe.rowwise else "fp8_tensorwise")
@@ -63,13 +69,14 @@ def convert_to_float8(model: nn.Module, names: Iterable[str], config: Float8Conf
     Args:
         model: Module that holds them.
         names: Names from :func:`decide_layers`.
-        config: Recipe and emulation.
+        config: Recipe, emulation and backend.
 
     Returns:
         The converted modules, for :func:`restore_linear`.
 
     Raises:
         ConfigError: A name is no plain ``nn.Linear`` of this model.
+        MissingDependencyError: The backend is not installed.
     """
     settings = Float8Settings(get_recipe(config.recipe), config.emulate)
     modules = dict(model.named_modules())
@@ -80,16 +87,28 @@ def convert_to_float8(model: nn.Module, names: Iterable[str], config: Float8Conf
             found = "no module" if module is None else type(module).__name__
             raise ConfigError("plan.float8", name, f"is {found} in this model, not nn.Linear", "Make a new plan")
         chosen.append(module)
-    for module in chosen:
-        module.__class__ = Float8Linear
-        module.float8 = settings  # type: ignore[assignment]
+    with ExitStack() as undo:
+        undo.callback(restore_linear, chosen)
+        for module in chosen:
+            _convert(module, settings, config.backend)
+        undo.pop_all()
     return chosen
+
+
+def _convert(module: nn.Linear, settings: Float8Settings, backend: str) -> None:
+    if backend == "torchao":
+        make_foreign(module, settings, lambda layer: torchao_linear(layer, settings))
+        return
+    module.__class__ = Float8Linear
+    module.float8 = settings  # type: ignore[assignment]
 
 
 def restore_linear(modules: Iterable[nn.Linear]) -> None:
     """Undo :func:`convert_to_float8`."""
     for module in modules:
         if isinstance(module, Float8Linear):
+            if isinstance(module, ForeignLinear):
+                del module.foreign
             del module.float8
             module.__class__ = nn.Linear  # type: ignore[assignment]
 

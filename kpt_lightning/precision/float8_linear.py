@@ -34,7 +34,11 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the autocast dtype or that of ``input``."""
-        return float8_linear(input, self.weight, self.bias, self.float8)
+        return self.product(input, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same with another weight."""
+        return float8_linear(x, weight, self.bias, self.float8)
 
     def extra_repr(self) -> str:
         """Adds the recipe to nn.Linear's own text."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpt_lightning.decision import Accepted, Decision, Rejected
-from kpt_lightning.precision.float8_linear import Float8Linear, float8_linear
+from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.validation.numerics import sqnr_db
 
 ROWS = 256
@@ -93,7 +93,7 @@ def _linear(layer: Float8Linear) -> Unit:
         return F.linear(x, weight, None if layer.bias is None else layer.bias.detach().to(weight.dtype))
 
     def float8(x: Tensor, weight: Tensor) -> Tensor:
-        return float8_linear(x, weight, layer.bias, layer.float8)
+        return layer.product(x, weight)
 
     return Unit(layer, {"": layer.weight}, exact, float8)
 

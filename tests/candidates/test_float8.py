@@ -14,6 +14,7 @@ from kpt_lightning.config import HEAD_PATTERNS, KptConfig
 from kpt_lightning.decision import Rejected
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.hardware import HardwareProfile, detect
+from kpt_lightning.optional import TORCHAO
 from kpt_lightning.precision.float8_linear import Float8Linear
 from kpt_lightning.validation.calls import record_calls
 
@@ -47,6 +48,19 @@ def proposals(found: Any) -> list[tuple[str, list[str]]]:
 
 def reasons(found: Any) -> list[str]:
     return [each.reason for each in found if isinstance(each, Rejected)]
+
+
+@pytest.mark.skipif(not TORCHAO.available(), reason=TORCHAO.available().reason)
+def test_another_librarys_layers_are_proposed_beside_ours_where_they_would_be_timed() -> None:
+    config = {"precision": "fp8", "float8": {"only_where_it_pays": False}}
+    found = [each for each in CANDIDATE.applies(subject(Model(), config, "h200")) if isinstance(each, Change)]
+    others = [each for each in found if each.setting.get("backend") == "torchao"]
+    assert [(each.setting["recipe"], each.setting["layers"]) for each in others] == [
+        ("tensorwise", ["up", "down", "q"])
+    ]
+    assert others[0].reason == "3 linear layers, recipe tensorwise, by torchao"
+    asked = {**config, "float8": {**config["float8"], "backend": "native"}}  # type: ignore[dict-item]
+    assert all("backend" not in each.setting for each in CANDIDATE.applies(subject(Model(), asked, "h200")))
 
 
 def test_it_is_a_candidate_that_checks_itself() -> None:
