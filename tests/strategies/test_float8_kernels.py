@@ -153,3 +153,45 @@ def test_two_processes_have_one_plan_and_the_same_weights(tmp_path: Path) -> Non
     assert first["weights"] == second["weights"]
     assert first["losses"] != second["losses"]
     assert first["merged"] == second["merged"] > 0
+
+
+class Gated(LightningModule):
+    """What is no transformers model: plain linear layers, and the example that Lightning knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(32, 64), torch.nn.Linear(32, 64)
+        self.last = torch.nn.Linear(64, 32)
+        self.example_input_array = torch.randn(16, 32)
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.first(x)) * self.second(x))
+        return out
+
+    def training_step(self, x: Tensor) -> Tensor:
+        loss = (self(x) - x).square().mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def test_plain_linear_layers_get_them_by_the_example_of_their_module() -> None:
+    losses, merged = {}, 0
+    for name, strategy in (("kpt", KptStrategy(CONFIG)), ("plain", "auto")):
+        module = Gated()
+        trainer = Trainer(
+            strategy=strategy, max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        with count_gemms() as counts:
+            trainer.fit(module, DataLoader(torch.randn(32, 32), batch_size=8))  # type: ignore[arg-type]
+        if name == "kpt":
+            assert {"float8", "float8_siblings"} <= planned(trainer)
+            merged = counts.merged
+        losses[name] = module.losses
+    assert merged
+    assert losses["kpt"] == pytest.approx(losses["plain"], abs=0.05)
