@@ -7,13 +7,14 @@ import argparse
 import math
 
 import numpy as np
-from noisy_histories import Array, autoregressive, iid, outliers, skewed
+from noisy_histories import Array, autoregressive, iid, outliers, skewed, with_step
 
 from kpt_lightning.tracking import thresholds
 from kpt_lightning.tracking.change_points import detect_changes
 from kpt_lightning.tracking.gate import CUT_VARIANCE, FEWEST_TO_CUT, level_of, new_level
 from kpt_lightning.tracking.noise import without_lone_values
 from kpt_lightning.tracking.rank_statistic import best_split
+from kpt_lightning.tracking.step_place import NEAR
 
 BATCH = 20_000
 RANK_SERIES = 300_000
@@ -56,7 +57,7 @@ def gate_quantiles(share: float) -> None:
 
 
 def rates(share: float) -> None:
-    """False alarms of the whole detector, which MEMORY_EVIDENCE, MEMORY_SLOPE and PLACE_MASS were chosen by."""
+    """False alarms of the whole detector, which LEVEL, MEMORY_EVIDENCE and MEMORY_SLOPE were chosen by."""
     count = round(share * RATE_SERIES)
     noises = {"iid": iid, "skewed": skewed, "outliers": outliers}
     for rho in (0.3, 0.5, 0.7, 0.9):
@@ -69,6 +70,28 @@ def rates(share: float) -> None:
         print(f"{name}, {count} series:", *shown, flush=True)
 
 
+def growing(share: float) -> None:
+    """Any alarm in 40 looks, which MEMORY_SLOPE was chosen by."""
+    count = round(share * RATE_SERIES)
+    for name, noise in {"iid": iid, "AR(1) 0.5": autoregressive}.items():
+        series = noise(np.random.default_rng(44), count, 60)
+        alarms = sum(any(detect_changes(values[:n]) for n in range(21, 61)) for values in series)
+        print(f"{name}, 40 looks, {count} series: {alarms / count:.2%}", flush=True)
+
+
+def steps(share: float) -> None:
+    """Recall and precision of one step in 30 runs, which PLACE_MASS and MEMORY_EVIDENCE were chosen by."""
+    count = round(share * RATE_SERIES)
+    for height in (5 / 3, 2.0, 10 / 3):
+        rng = np.random.default_rng(round(100 * height))
+        series, truth = with_step(rng, 100 + iid(rng, count, 30), height)
+        found = [[change.index for change in detect_changes(values)] for values in series]
+        pairs = zip(found, truth, strict=True)
+        hits = sum(any(abs(place - int(index)) <= NEAR for place in places) for places, index in pairs)
+        alarms = sum(map(len, found))
+        print(f"step of {height:.2f} sigmas, {count} series: recall {hits / count:.1%}, precision {hits / alarms:.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the series; less is faster and rougher")
@@ -76,6 +99,8 @@ def main() -> None:
     rank_quantiles(share)
     gate_quantiles(share)
     rates(share)
+    growing(share)
+    steps(share)
 
 
 if __name__ == "__main__":

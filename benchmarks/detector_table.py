@@ -3,16 +3,15 @@
 python benchmarks/detector_table.py [--series 1000]
 
 Every cell draws its own series from a fixed seed, so that the table comes out the same again. Intervals are Wilson's
-(https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval), 95 %. Peers such as Otava, asv and Perfherder
-pin other versions of numpy: run them in environments of their own on ``noisy_histories`` with :func:`draw` and add
-their rows to PEERS.
+(https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval), 95 %. ``detector_peers.py`` gives the same
+series to Otava, asv and Perfherder's rule.
 """
 
 import argparse
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from noisy_histories import BEYOND_THE_GOALS, NOISES, Array, Noise, with_step
@@ -20,7 +19,6 @@ from noisy_histories import BEYOND_THE_GOALS, NOISES, Array, Noise, with_step
 from kpt_lightning.tracking.change_points import detect_changes
 from kpt_lightning.tracking.gate import compare
 
-Detector = Callable[[Array], Sequence[int]]
 NEAR = 2
 SIZES = (20, 30, 50)
 FIRST_LOOK, LAST_LOOK = 20, 60
@@ -32,10 +30,6 @@ BASELINE_RUNS = 30
 
 def ours(values: Array) -> Sequence[int]:
     return [change.index for change in detect_changes(values)]
-
-
-PEERS: dict[str, Detector] = {}
-"""Name to a detector that returns the indices of changes: the place for peers, each in its own environment."""
 
 
 def generator(*cell: object) -> np.random.Generator:
@@ -62,25 +56,25 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     print(*("| " + " | ".join(row) + " |" for row in rows), sep="\n", flush=True)
 
 
-def false_alarms(name: str, detect: Detector, count: int) -> None:
+def false_alarms(count: int) -> None:
     rows = []
     for noise in (*NOISES, *BEYOND_THE_GOALS):
-        alarms = [sum(bool(detect(values)) for values in draw(noise, 0.03, count, n)) for n in SIZES]
+        alarms = [sum(bool(ours(values)) for values in draw(noise, 0.03, count, n)) for n in SIZES]
         rows.append([noise, *(wilson(alarm, count) for alarm in alarms)])
-    show(f"{name}: unchanged series flagged, {count} series", ["noise", *(f"n = {n}" for n in SIZES)], rows)
+    show(f"unchanged series flagged, {count} series", ["noise", *(f"n = {n}" for n in SIZES)], rows)
 
 
-def repeated_looks(name: str, detect: Detector, count: int) -> None:
+def repeated_looks(count: int) -> None:
     rows = []
     for noise in NOISES:
         series = draw(noise, 0.03, count, LAST_LOOK)
         looks = range(FIRST_LOOK + 1, LAST_LOOK + 1)
-        rows.append([noise, wilson(sum(any(detect(values[:n]) for n in looks) for values in series), count)])
-    title = f"{name}: any alarm in 40 looks at a history that grows from {FIRST_LOOK} to {LAST_LOOK}, {count} series"
+        rows.append([noise, wilson(sum(any(ours(values[:n]) for n in looks) for values in series), count)])
+    title = f"any alarm in 40 looks at a history that grows from {FIRST_LOOK} to {LAST_LOOK}, {count} series"
     show(title, ["noise", "any alarm"], rows)
 
 
-def recall_and_precision(name: str, detect: Detector, count: int, n: int = 30) -> None:
+def recall_and_precision(count: int, n: int = 30) -> None:
     rows = []
     for noise in NOISES:
         for variation, shifts in SHIFTS.items():
@@ -88,13 +82,13 @@ def recall_and_precision(name: str, detect: Detector, count: int, n: int = 30) -
                 series, truth = with_step(generator(noise, shift, n), draw(noise, variation, count, n), shift)
                 hits = alarms = 0
                 for values, index in zip(series, truth, strict=True):
-                    found = detect(values)
+                    found = ours(values)
                     alarms += len(found)
                     hits += any(abs(place - int(index)) <= NEAR for place in found)
                 cell = [noise, f"{variation:.0%}", f"{shift:.0%}", wilson(hits, count), wilson(hits, alarms)]
                 rows.append(cell)
     head = ["noise", "CV", "shift", "recall", "precision"]
-    show(f"{name}: one step in the middle 40 % of {n} runs, hit within {NEAR}, {count} series", head, rows)
+    show(f"one step in the middle 40 % of {n} runs, hit within {NEAR}, {count} series", head, rows)
 
 
 def gate_false_alarms(count: int) -> None:
@@ -139,10 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--series", type=int, default=1000)
     count = parser.parse_args().series
-    for name, detect in {"kpt": ours, **PEERS}.items():
-        false_alarms(name, detect, count)
-        repeated_looks(name, detect, count)
-        recall_and_precision(name, detect, count)
+    false_alarms(count)
+    repeated_looks(count)
+    recall_and_precision(count)
     gate_false_alarms(count)
     gate_power(count)
     cost()

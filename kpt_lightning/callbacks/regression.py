@@ -1,4 +1,4 @@
-"""RegressionCallback: measures a fit, keeps its record, compares it with the last like run."""
+"""RegressionCallback: measures a fit, tells what drifts in it, keeps its record and judges it by its history."""
 
 import logging
 import warnings
@@ -16,34 +16,35 @@ from kpt_lightning.callbacks.fetch_probe import FetchProbe
 from kpt_lightning.errors import ConfigError, HistoryError
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.tracking import report
-from kpt_lightning.tracking.compare import (
-    Comparison,
-    RegressionError,
-    RegressionWarning,
-    choose_baseline,
-    compare_runs,
-)
+from kpt_lightning.tracking.acks import SEVERITIES, all_acks
+from kpt_lightning.tracking.baselines import accepted_runs
+from kpt_lightning.tracking.conclusion import Conclusion, RegressionError, RegressionWarning, conclude
+from kpt_lightning.tracking.drift import Drift
 from kpt_lightning.tracking.record import RunRecord
-from kpt_lightning.tracking.recorder import RunInfo, RunRecorder, TokenCount
+from kpt_lightning.tracking.recorder import OUT_OF_MEMORY, RunInfo, RunRecorder, TokenCount, warn_of_drift
+from kpt_lightning.tracking.severity import Severity
 from kpt_lightning.tracking.store import RunStore
 
-OnRegression = Literal["warn", "ignore", "fail"] | Callable[[Comparison], None]
-HISTORY_LIMIT = 20
+OnRegression = Literal["warn", "ignore", "fail"] | Callable[[Conclusion], None]
+
+HISTORY_LIMIT = 200
+"""Newest runs that a run is judged by; more would tell its noise no better (``thresholds.GATE_QUANTILES``)."""
 
 _log = logging.getLogger(__name__)
 
 
 class RegressionCallback(Callback):
-    """Measures every optimizer step of a fit, stores the record and says whether the run got slower.
+    """Measures every optimizer step of a fit, stores the record and says whether it is worse than those before it.
 
     Per step it adds a few clock reads (on CUDA: events) and no device synchronisation; losses stay on the device until
     the end. Validation, checkpoints and epoch ends are not training time. Rank 0 measures itself, writes and prints.
     A run that an exception or Ctrl-C ends is stored as "failed" or "interrupted", without losses, and never compared;
-    ``fast_dev_run`` is not recorded.
+    ``fast_dev_run`` is not recorded. While training, a step time, a data wait or a memory that grows to stay is told
+    once, as a DriftWarning and to the loggers as ``kpt/drift/<kind>``.
 
     Attributes:
         record: The record of the last fit, None on other ranks and where no step ran.
-        comparison: Against the last finished run of the same key, None where there was none.
+        comparison: The record beside the finished runs of the same key, None where there was none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RegressionCallback(Callback):
         flops_per_step: float | None = None,
         config: Mapping[str, Any] | None = None,
         on_regression: OnRegression = "warn",
+        fail_on: Severity = "minor",
         print_report: bool = True,
     ) -> None:
         """Configure; nothing is opened or measured before the fit.
@@ -68,24 +70,27 @@ class RegressionCallback(Callback):
             tokens_per_batch: Tokens in a batch of rank 0, or a function of the batch; None counts ``input_ids``.
             flops_per_step: FLOPs of one optimizer step of rank 0, for MFU; None counts them by formula.
             config: JSON-like settings that make runs unlike.
-            on_regression: "warn", "ignore", "fail" (RegressionError on every rank after the fit), or a function of
-                the comparison, called on rank 0.
+            on_regression: "warn", "ignore" (no warning of a drift either), "fail" (RegressionError on every rank after
+                the fit), or a function of the :class:`.conclusion.Conclusion`, called on rank 0.
+            fail_on: Least severity that counts: "minor", "moderate" or "severe".
             print_report: Print one table at the end.
 
         Raises:
-            ConfigError: ``warmup_steps`` or ``on_regression`` is not one of these.
+            ConfigError: ``warmup_steps``, ``on_regression`` or ``fail_on`` is not one of these.
         """
         if not callable(on_regression) and on_regression not in ("warn", "ignore", "fail"):
             rule = 'must be one of "warn", "ignore", "fail" or a function of the comparison'
             raise ConfigError("on_regression", on_regression, rule, "Choose one of these")
+        if fail_on not in SEVERITIES:
+            raise ConfigError("fail_on", fail_on, f"must be one of {', '.join(SEVERITIES)}", "Choose one of these")
         if warmup_steps < 0:
             raise ConfigError("warmup_steps", warmup_steps, "must be at least 0", "Give 0 to count every step")
         self.store = store if isinstance(store, RunStore) else RunStore(store)
         self.warmup_steps, self.name, self.config = warmup_steps, name, dict(config or {})
         self.tokens_per_batch, self.flops_per_step = tokens_per_batch, flops_per_step
-        self.on_regression, self.print_report = on_regression, print_report
+        self.on_regression, self.fail_on, self.print_report = on_regression, fail_on, print_report
         self.record: RunRecord | None = None
-        self.comparison: Comparison | None = None
+        self.comparison: Conclusion | None = None
         self._recorder: RunRecorder | None = None
         self._probe: FetchProbe | None = None
         self._global_step = 0
@@ -140,10 +145,11 @@ class RegressionCallback(Callback):
             warmup_steps=self.warmup_steps,
             tokens_per_batch=self.tokens_per_batch,
             flops_per_step=self.flops_per_step,
+            on_drift=lambda drift: self._tell(trainer, drift),
         )
         self._recorder.start(first_step=trainer.global_step + 1)
         self._resumed_from = None
-        self._probe = FetchProbe(trainer, self._recorder.timer)
+        self._probe = FetchProbe(trainer, self._recorder.timer, self._recorder.checkpointed)
         self._global_step = trainer.global_step
 
     @override
@@ -208,15 +214,30 @@ class RegressionCallback(Callback):
         recorder = self._take_recorder()
         if recorder is None:
             return
-        stopped = isinstance(exception, (KeyboardInterrupt, SystemExit))
+        status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"
         try:
             recorder.stop(wait=False)
-            self.record = recorder.finish("interrupted" if stopped else "failed")
+            self.record = recorder.finish(status, cause=_cause(exception))
             if self.record is not None:
+                known = self._known(self.record)
                 self.store.add(self.record)
+                self.comparison = _fatal(conclude(self.record, **known))
         except (HistoryError, RuntimeError, OSError) as error:
             # Logged and not warned: a warning filter of "error" would hide the user's exception behind ours.
-            _log.warning("kpt: this %s run has no record: %s", "interrupted" if stopped else "failed", error)
+            _log.warning("kpt: this %s run has no record: %s", status, error)
+        if self.comparison is not None:
+            self._log_regression(self.comparison)
+
+    def _log_regression(self, found: Conclusion) -> None:
+        """Where the user's own exception is on its way, nothing else may be raised."""
+        if not callable(self.on_regression):
+            if self.on_regression != "ignore":
+                _log.warning("kpt: %s", "; ".join(found.regressions))
+            return
+        try:
+            self.on_regression(found)
+        except Exception:  # noqa: BLE001 - told, and must not hide the exception that ended the run
+            _log.exception("kpt: on_regression raised")
 
     def _take_recorder(self) -> RunRecorder | None:
         recorder, self._recorder = self._recorder, None
@@ -229,18 +250,31 @@ class RegressionCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(report.log_values(record), step=trainer.global_step)
         try:
-            history = self.store.like(record.key, limit=HISTORY_LIMIT)
+            known = self._known(record)
             self.store.add(record)
         except HistoryError as error:
             warnings.warn(f"kpt: training finished, its record was not stored: {error}", stacklevel=2)
             return
-        baseline = choose_baseline(history)
-        if baseline is not None:
-            self.comparison = compare_runs(baseline, record, history)
+        self.comparison = conclude(record, **known)
         if self.print_report:
             self._print(record)
         if self.comparison is not None and self.comparison.regressed:
             self._react(self.comparison)
+
+    def _known(self, record: RunRecord) -> dict[str, Any]:
+        """What a run is judged by."""
+        return {
+            "history": self.store.like(record.key, limit=HISTORY_LIMIT),
+            "acks": all_acks(self.store),
+            "accepted": accepted_runs(self.store),
+            "fail_on": self.fail_on,
+        }
+
+    def _tell(self, trainer: "pl.Trainer", drift: Drift) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"kpt/drift/{drift.kind}": drift.growth}, step=trainer.global_step)
+        if self.on_regression != "ignore":
+            warn_of_drift(drift)
 
     def _print(self, record: RunRecord) -> None:
         console = Console()
@@ -248,15 +282,26 @@ class RegressionCallback(Callback):
             console.print(report.record_table(record))
             console.print(report.NOTHING_TO_COMPARE)
         else:
-            console.print(report.comparison_table(self.comparison))
+            console.print(report.conclusion_table(self.comparison))
 
-    def _react(self, comparison: Comparison) -> None:
+    def _react(self, found: Conclusion) -> None:
         if callable(self.on_regression):
-            self.on_regression(comparison)
+            self.on_regression(found)
         elif self.on_regression == "fail":
-            self._verdict = comparison.regressions
+            self._verdict = found.regressions
         elif self.on_regression == "warn":
-            warnings.warn(f"kpt: {'; '.join(comparison.regressions)}", RegressionWarning, stacklevel=2)
+            warnings.warn(f"kpt: {'; '.join(found.regressions)}", RegressionWarning, stacklevel=2)
+
+
+def _fatal(found: Conclusion | None) -> Conclusion | None:
+    """Of a run that did not finish only what killed it counts."""
+    return found if found is not None and found.problems else None
+
+
+def _cause(exception: BaseException) -> str:
+    """What killed a run, without the message, which may hold what nobody wants to store."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return OUT_OF_MEMORY if isinstance(exception, kinds) else type(exception).__name__
 
 
 def _plan(trainer: "pl.Trainer") -> dict[str, Any] | None:

@@ -1,18 +1,19 @@
 """``kpt regress check``: is the newest run slower than those before it."""
 
 import json
+import os
+import sys
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kpt_lightning.cli.regress_options import Store
+from kpt_lightning.cli.regress_options import REGRESSION, TOO_LITTLE, Key, Name, Store, existing_history
+from kpt_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kpt_lightning.tracking.check import Checked
-
-REGRESSION, TOO_LITTLE = 1, 3
-"""Exit status beside 0 and those of ``kpt`` itself."""
+    from kpt_lightning.reports.findings import Finding
 
 
 class FailOn(StrEnum):
@@ -23,59 +24,97 @@ class FailOn(StrEnum):
     SEVERE = "severe"
 
 
+class Format(StrEnum):
+    """Of what is printed or written."""
+
+    TABLE = "table"
+    JSON = "json"
+    JUNIT = "junit"
+    MARKDOWN = "markdown"
+    GITHUB = "github"
+
+
 def check(
     store: Store = None,
+    key: Key = None,
+    name: Name = None,
     new: Annotated[int, typer.Option("--new", min=1, help="How many of the newest runs of each key are judged.")] = 1,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="Judge this one; all by default.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="Judge by the runs pinned as this.")] = None,
     fail_on: Annotated[FailOn, typer.Option("--fail-on", help="From which severity on to exit with 1.")] = FailOn.MINOR,
-    as_json: Annotated[bool, typer.Option("--json", help="Print data.")] = False,
+    form: Annotated[
+        Format | None, typer.Option("--format", help="table by default; github is annotations of Actions.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write the format there, and print the table.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Short for --format json.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="A row for each metric, also for those that passed.")] = False,
 ) -> None:
-    """Judge the newest runs of each key by those before them in the same environment."""
-    from kpt_lightning.tracking.check import check_runs
-    from kpt_lightning.tracking.store import RunStore
+    """Judge the newest runs of each key by those before them in the same environment.
 
-    found = check_runs(RunStore(store).all(), new=new, metrics=metric)
-    if as_json:
-        typer.echo(json.dumps([_data(each) for each in found], indent=2))
+    A regression stands, and fails each check, until it is fixed, accepted (kpt regress accept) or acknowledged (ack).
+    """
+    from kpt_lightning.reports.findings import describe
+    from kpt_lightning.tracking.review import review
+
+    if as_json and form not in (None, Format.JSON):
+        raise ConfigError("--json", True, f"contradicts --format {form}", "Give one of them")
+    form = Format.JSON if as_json else form or Format.TABLE
+    history = existing_history(store)
+    seen = review(history, new=new, metrics=metric, baseline=baseline, key=key, name=name)
+    found = describe(seen, fail_on.value)
+    if output is not None:
+        _write(output, _text(found, form, fold=not every))
+    if output is not None or form is Format.TABLE:
+        _print(found, fold=not every)
     else:
-        _print(found)
-    severities = list(FailOn)
-    failing = severities[severities.index(fail_on) :]
-    if any(each.verdict and each.verdict.severity in failing for each in found):
+        typer.echo(_text(found, form, fold=not every), nl=False)
+    if seen.unstored:
+        ended = ", ".join(f"{each.run_name} {each.metric}" for each in seen.unstored)
+        typer.echo(
+            f"kpt: {history.place!r} is read-only: not stored that these acknowledgements ended: {ended}", err=True
+        )
+    if any(each.state == "failing" for each in found):
         raise typer.Exit(REGRESSION)
-    if not any(each.judged for each in found):
+    if not any(each.checked.judged for each in found):
         raise typer.Exit(TOO_LITTLE)
 
 
-def _data(checked: "Checked") -> dict[str, Any]:
-    verdict = checked.verdict
-    finite = verdict is not None and checked.judged
-    return {
-        "name": checked.key.name, "key": checked.key.digest, "metric": checked.metric, "unit": checked.unit,
-        "before": checked.before, "now": checked.now, "note": checked.note,
-        "outcome": "no baseline" if verdict is None else verdict.outcome,
-        "severity": verdict and verdict.severity, "reason": "no run before" if verdict is None else verdict.reason,
-        "shift": verdict.shift if verdict and finite else None,
-        "interval": [verdict.interval.low, verdict.interval.high] if verdict and finite else None,
-        "runs_needed": verdict and verdict.runs_needed, "baseline_runs": verdict.baseline_runs if verdict else 0,
-    }  # fmt: skip
+def _text(found: "list[Finding]", form: Format, *, fold: bool) -> str:
+    from kpt_lightning.reports.annotations import to_annotations
+    from kpt_lightning.reports.findings import to_data
+    from kpt_lightning.reports.junit import to_junit
+    from kpt_lightning.reports.markdown import to_markdown
+    from kpt_lightning.reports.terminal import to_text
+
+    if form is Format.JSON:
+        return json.dumps([to_data(each) for each in found], indent=2, allow_nan=False) + "\n"
+    if form is Format.TABLE:
+        return to_text(found, fold=fold)
+    if form is Format.MARKDOWN:
+        return to_markdown(found, fold=fold)
+    return to_junit(found) if form is Format.JUNIT else to_annotations(found)
 
 
-def _print(found: list["Checked"]) -> None:
+def _write(output: Path, text: str) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise ConfigError("--output", str(output), rule, "Give a path that you may write") from error
+
+
+def _print(found: "list[Finding]", *, fold: bool) -> None:
     from rich.console import Console
 
-    from kpt_lightning.cli.tables import new_table, plain
+    from kpt_lightning.reports.findings import summary
+    from kpt_lightning.reports.terminal import PLAIN_WIDTH, to_terminal
 
-    table = new_table("Newest runs against those before", "run", "metric", "before", "now", "change", "verdict", "why")
-    for checked in found:
-        data = _data(checked)
-        change = ""
-        if data["interval"] is not None:
-            low, high = data["interval"]
-            change = f"{data['shift']:+.1%} ({low:+.1%} to {high:+.1%})"
-        verdict = " ".join(filter(None, (data["severity"] if data["outcome"] == "regression" else "", data["outcome"])))
-        why = "; ".join(filter(None, (data["reason"], data["note"])))
-        before = "" if data["before"] is None else f"{data['before']:.4g} {data['unit']}"
-        now = f"{data['now']:.4g} {data['unit']}"
-        table.add_row(*map(plain, (data["name"], data["metric"], before, now, change, verdict, why)))
-    Console().print(table if found else "no finished run in this history")
+    wide = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if wide else PLAIN_WIDTH, highlight=False)
+    if found:
+        console.print(to_terminal(found, console.width, fold=fold))
+        console.print()
+    console.print(summary(found), markup=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kpt_lightning.cli.regress_options import Store
+from kpt_lightning.cli.regress_options import Store, existing_history
 
 
 class Format(StrEnum):
@@ -18,12 +18,11 @@ class Format(StrEnum):
 
 
 def export_(file: Annotated[Path, typer.Argument(help="JSON Lines to write.")], store: Store = None) -> None:
-    """Write every run of the history to a file."""
-    from kpt_lightning.tracking.exchange import export_runs
-    from kpt_lightning.tracking.store import RunStore
+    """Write the history to a file: runs, baselines and acknowledgements."""
+    from kpt_lightning.tracking.exchange import export_history
 
-    count = export_runs(RunStore(store), file)
-    typer.echo(f"{count} runs written to {file}")
+    done = export_history(existing_history(store), file)
+    typer.echo(f"{_counted(done.runs, done.baselines, done.acks)} written to {file}")
 
 
 def import_(
@@ -31,16 +30,24 @@ def import_(
     store: Store = None,
     form: Annotated[Format, typer.Option("--format", help="What wrote it.")] = Format.JSONL,
 ) -> None:
-    """Add runs to the history; those that it knows are left alone."""
-    from kpt_lightning.tracking.exchange import add_runs, import_runs
+    """Add a file to the history; runs that it knows are left alone."""
+    from kpt_lightning.tracking.exchange import add_runs, import_history
     from kpt_lightning.tracking.foreign import read_asv, read_pytest_benchmark
     from kpt_lightning.tracking.store import RunStore
 
     into = RunStore(store)
     if form is Format.JSONL:
-        done = import_runs(into, file)
+        done = import_history(into, file)
     else:
         done = add_runs(into, read_asv(file) if form is Format.ASV else read_pytest_benchmark(file))
-    typer.echo(f"{len(done.added)} runs added, {len(done.known)} known already")
+    typer.echo(f"{_counted(len(done.added), done.baselines, done.acks)} added, {len(done.known)} known already")
+    if done.superseded:
+        typer.echo(f"{done.superseded} older baselines and acknowledgements left out: the history holds later ones")
     if done.torn:
         typer.echo(f"kpt: the last line of {file} was cut off and is left out", err=True)
+
+
+def _counted(runs: int, baselines: int, acks: int) -> str:
+    parts = [f"{runs} runs"]
+    parts += [f"{count} {what}" for count, what in ((baselines, "baselines"), (acks, "acknowledgements")) if count]
+    return ", ".join(parts)

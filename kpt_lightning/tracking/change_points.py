@@ -1,14 +1,15 @@
 """Since when is a metric at another level? Change points in a history of runs.
 
 A change is reported when four things hold: it is too large for chance by ranks (:mod:`.rank_statistic`), a step
-explains the history much better than noise with memory does (:mod:`.noise`), its place is known (:mod:`.step_place`),
-and three runs or more lie on each side. Nothing is drawn at random: the critical values stand in :mod:`.thresholds`.
+explains the history better than the memory of its noise does (:mod:`.step_evidence`), its place is known
+(:mod:`.step_place`), and three runs or more lie on each side. Nothing is drawn at random: the critical values stand in
+:mod:`.thresholds`.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,18 +17,18 @@ from kpt_lightning.measure import statistics
 from kpt_lightning.tracking.noise import (
     CUT,
     Array,
-    Counts,
     autocorrelation,
     checked,
     in_range,
     side_medians,
     sigma_beside,
-    step_over_memory,
+    standardised,
     winsorised,
     without_lone_values,
 )
 from kpt_lightning.tracking.rank_statistic import best_split, clear_split
 from kpt_lightning.tracking.severity import DEFAULT_LIMITS, Severity, SeverityLimits, loss_interval
+from kpt_lightning.tracking.step_evidence import step_over_memory
 from kpt_lightning.tracking.step_place import step_place
 from kpt_lightning.tracking.thresholds import PLACE_MASS, critical_evidence, critical_rank
 
@@ -54,6 +55,8 @@ class Change:
         severity: "minor", "moderate" or "severe" by the end of the interval with the smaller loss, "improvement", or
             None where the loss may be below the smallest limit.
         confidence: Posterior probability, 0 to 1, that ``index`` is right to within two runs.
+        first: Earliest index at which the new level may have begun, at 95 %; at most ``index``.
+        last: Latest such index.
     """
 
     index: int
@@ -61,6 +64,8 @@ class Change:
     interval: statistics.Interval
     severity: Severity | None
     confidence: float
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,16 @@ class _Window:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
+    """A change in a window: its place and the range of places, from ``start`` of the history, and how clear it is."""
+
     index: int
     margin: float
     mass: float
+    first: int
+    last: int
+
+    def moved(self, start: int) -> "_Found":
+        return replace(self, index=start + self.index, first=start + self.first, last=start + self.last)
 
 
 def detect_changes(
@@ -109,8 +121,7 @@ def detect_changes(
 def _search(history: Array) -> list[_Found]:
     """Binary segmentation over overlapping windows, the clearest change first."""
     windows = _windows(len(history))
-    looks = max(1, len(history) // LONG_WINDOW)
-    judged = _judge(history, windows, looks)
+    judged = _judge(history, windows)
     found: list[_Found] = []
     while True:
         best = max((one for one in judged.values() if one is not None), key=lambda one: one.margin, default=None)
@@ -126,7 +137,7 @@ def _search(history: Array) -> list[_Found]:
             for start, stop in ((window.start, best.index), (best.index, window.stop))
             if stop - start >= FEWEST_RUNS
         ]
-        judged |= _judge(history, parts, looks)
+        judged |= _judge(history, parts)
 
 
 def _windows(n: int) -> list[_Window]:
@@ -143,15 +154,21 @@ def _windows(n: int) -> list[_Window]:
     return windows
 
 
-def _judge(history: Array, windows: Sequence[_Window], looks: int) -> dict[_Window, _Found | None]:
+def _judge(history: Array, windows: Sequence[_Window]) -> dict[_Window, _Found | None]:
     judged: dict[_Window, _Found | None] = dict.fromkeys(windows)
     for kind in {(window.stop - window.start, window.clear_only) for window in windows}:
         alike = [window for window in judged if (window.stop - window.start, window.clear_only) == kind]
         rows = np.stack([history[window.start : window.stop] for window in alike])
-        for row, one in _steps(rows, looks, kind[1]).items():
-            start = alike[row].start
-            judged[alike[row]] = _Found(start + one.index, one.margin, one.mass)
+        for row, one in _steps(rows, _looks(len(history), kind[1]), kind[1]).items():
+            judged[alike[row]] = one.moved(alike[row].start)
     return judged
+
+
+def _looks(n: int, clear_only: bool) -> int:
+    """Windows of a kind that are judged at once: each short one, and of the long ones those that share no run."""
+    if clear_only:
+        return len(range(0, n - SHORT_WINDOW, SHORT_STRIDE)) + 1
+    return max(1, n // LONG_WINDOW)
 
 
 def _steps(rows: Array, looks: int, clear_only: bool) -> dict[int, _Found]:
@@ -166,18 +183,18 @@ def _steps(rows: Array, looks: int, clear_only: bool) -> dict[int, _Found]:
     left = np.flatnonzero(index)
     if not len(left):
         return {}
-    margin, place, mass = _evidence(rows[left], index[left])
-    margin -= critical_evidence(n, looks)
+    clean = standardised(winsorised(rows[left], index[left]))
+    varied = clean.any(axis=1)
+    left, clean = left[varied], clean[varied]
+    margin = step_over_memory(clean) - critical_evidence(n, looks)
+    places = step_place(clean)
     return {
-        int(left[at]): _Found(int(place[at]), float(margin[at]), float(mass[at]))
-        for at in np.flatnonzero((margin > 0.0) & (mass > PLACE_MASS))
-    }
-
-
-def _evidence(rows: Array, index: Counts) -> tuple[Array, Counts, Array]:
-    calm = winsorised(rows, index)
-    place, mass, residual = step_place(calm)
-    return step_over_memory(calm, residual), place, mass
+        int(left[at]): _Found(
+            index=int(places.index[at]), margin=float(margin[at]), mass=float(places.mass[at]),
+            first=int(places.first[at]), last=int(places.last[at]),
+        )
+        for at in np.flatnonzero((margin > 0.0) & (places.mass > PLACE_MASS))
+    }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -189,7 +206,7 @@ def _describe(part: Array, one: _Found, start: int, higher_is_better: bool, limi
     """Size and severity of a change between the runs since the change before and those until the next."""
     shift, interval = relative_shift(part, one.index - start)
     severity = limits.of_loss(*loss_interval(interval.low, interval.high, higher_is_better))
-    return Change(one.index, shift, interval, severity, min(one.mass, 1.0))
+    return Change(one.index, shift, interval, severity, min(one.mass, 1.0), one.first, one.last)
 
 
 def relative_shift(values: Array, index: int) -> tuple[float, statistics.Interval]:
@@ -207,11 +224,11 @@ def relative_shift(values: Array, index: int) -> tuple[float, statistics.Interva
         np.clip(values[index:], after - limit, after + limit),
     ]
     old, new = float(sides[0].mean()), float(sides[1].mean())
-    if old == 0.0:
+    ratio = new / old if old else math.inf
+    if math.isinf(ratio):
         return math.copysign(math.inf, new), statistics.Interval(-math.inf, math.inf, CONFIDENCE, "the old level is 0")
     memory = autocorrelation(np.concatenate([sides[0] - old, sides[1] - new]))
-    ratio = new / old
-    error = sigma / abs(old) * math.sqrt(ratio**2 / len(sides[0]) + 1 / len(sides[1]))
+    error = sigma / abs(old) * math.hypot(ratio / math.sqrt(len(sides[0])), 1 / math.sqrt(len(sides[1])))
     half = _t(max(len(values) - 2, 1)) * error * math.sqrt((1 + memory) / (1 - memory))
     shift = (new - old) / abs(old)
     return shift, statistics.Interval(shift - half, shift + half, CONFIDENCE)

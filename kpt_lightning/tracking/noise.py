@@ -5,11 +5,11 @@ All functions take many series at once, one a row, as histories are judged in wi
 Sources:
     Winsorising: Tukey and McLaughlin 1963, https://www.jstor.org/stable/25049278; cut at 2.5 robust sigmas
     Bias of a lag-1 autocorrelation in short series: Kendall 1954, https://doi.org/10.1093/biomet/41.3-4.403
-    Likelihood of an AR(1) series: https://en.wikipedia.org/wiki/Autoregressive_model
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,14 @@ CUT = 2.5
 LONE_CUT = 1.5
 """Sigmas to which lone outliers are pulled in: what is known to be one weighs less than what may be noise."""
 
+SURE_CUT = 3.5
+"""Sigmas off its neighbourhood from which a lone value is an outlier for certain: once in 2,000 normal values."""
+
 NEIGHBOURS = 3
 """Runs on each side that tell whether a value stands alone; their median outvotes one more outlier."""
 
 CUT_TO_SIGMA = 1.0114
 """Standard deviation of normal data over that of the same data cut at 2.5 sigma, by the normal integral."""
-
-AUTOCORRELATIONS = (0.3, 0.5, 0.7, 0.9)
-"""Lag-1 autocorrelations of the noise that a step must beat; 0.9 stands for slow drifts."""
 
 
 def checked(name: str, values: Sequence[float], least: int) -> Array:
@@ -78,14 +78,20 @@ def scale_around(residuals: Array, levels: int) -> Array:
     """Robust standard deviation of each row, one column, after ``levels`` levels were taken off.
 
     The first guess is 1.4826 MAD; where more than half of a row is exactly its level, the plain deviation. The result
-    is the deviation of the residuals cut at 2.5 first guesses, which wastes less data than the MAD.
+    is the deviation of the residuals cut at 2.5 first guesses, which wastes less data than the MAD. Squares are taken
+    relative to the largest value, as one huge value among tiny ones would else leave them out of range.
     """
     degrees = max(residuals.shape[1] - levels, 1)
-    plain = np.sqrt((residuals**2).sum(1, keepdims=True) / degrees)
+    plain = _root_of_squares(residuals, np.abs(residuals).max(axis=1, keepdims=True)) / math.sqrt(degrees)
     first = MAD_TO_SIGMA * np.median(np.abs(residuals), axis=1, keepdims=True) * math.sqrt(residuals.shape[1] / degrees)
     limit = CUT * np.where(first > 0.0, first, plain)
     cut = np.clip(residuals, -limit, limit)
-    return np.asarray(CUT_TO_SIGMA * np.sqrt((cut**2).sum(1, keepdims=True) / degrees))
+    return np.asarray(CUT_TO_SIGMA * _root_of_squares(cut, limit) / math.sqrt(degrees))
+
+
+def _root_of_squares(rows: Array, largest: Array) -> Array:
+    relative = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0.0)
+    return np.asarray(largest * np.sqrt((relative**2).sum(1, keepdims=True)))
 
 
 def sigma_beside(rows: Array, index: Counts) -> Array:
@@ -101,30 +107,58 @@ def without_lone_values(rows: Array, index: Counts) -> Array:
     after it; one of the first or last three when it is as far from the median of the three others of the first or last
     four and from both levels, before and from ``index`` on. The place of a step, three runs from an end or more, stays.
     """
-    low, high = _levels(rows, index)
-    nearby = _median_of_next_three(rows)
-    earlier, later = nearby[:, : -NEIGHBOURS - 1], nearby[:, NEIGHBOURS + 1 :]
-    least = np.pad(np.minimum(earlier, later), ((0, 0), (NEIGHBOURS, NEIGHBOURS)))
-    most = np.pad(np.maximum(earlier, later), ((0, 0), (NEIGHBOURS, NEIGHBOURS)))
-    for end in (np.arange(NEIGHBOURS + 1), np.arange(-1, -NEIGHBOURS - 2, -1)):
-        for place in range(NEIGHBOURS):
-            others = _median_of_next_three(rows[:, np.delete(end, place)])
-            least[:, end[place]] = np.minimum(others, low)[:, 0]
-            most[:, end[place]] = np.maximum(others, high)[:, 0]
-    sigma = sigma_beside(rows, index)
-    calm = np.where(rows < least - CUT * sigma, least - LONE_CUT * sigma, rows)
-    return np.where(rows > most + CUT * sigma, most + LONE_CUT * sigma, calm)
+    return _pulled_in(rows, sigma_beside(rows, index), _neighbourhood(rows, index))
 
 
 def winsorised(rows: Array, index: Counts) -> Array:
     """Rows without outliers.
 
-    Lone values are pulled in to their neighbourhood, and all values to 2.5 sigmas outside both levels; not around the
-    level of their own side, so that the place of the step is left open.
+    A lone value that is an outlier for certain tells nothing about levels or about the place of the step: it becomes
+    the mean of what its neighbours on both sides say. Other lone values are pulled in to their neighbourhood, and all
+    values to 2.5 sigmas outside both levels; not around the level of their own side, so that the place of the step is
+    left open.
     """
+    sigma, near = sigma_beside(rows, index), _neighbourhood(rows, index)
+    certain = (rows < near.least - SURE_CUT * sigma) | (rows > near.most + SURE_CUT * sigma)
+    calm = np.where(certain, near.middle, _pulled_in(rows, sigma, near))
     low, high = _levels(rows, index)
-    margin = CUT * sigma_beside(rows, index)
-    return np.clip(without_lone_values(rows, index), low - margin, high + margin)
+    return np.asarray(np.clip(calm, low - CUT * sigma, high + CUT * sigma))
+
+
+class _Neighbourhood(NamedTuple):
+    """What the runs beside each run say of its level: from least to most, and in the middle."""
+
+    least: Array
+    most: Array
+    middle: Array
+
+
+def _neighbourhood(rows: Array, index: Counts) -> _Neighbourhood:
+    low, high = _levels(rows, index)
+    nearby = _median_of_next_three(rows)
+    earlier, later = nearby[:, : -NEIGHBOURS - 1], nearby[:, NEIGHBOURS + 1 :]
+    ends = ((0, 0), (NEIGHBOURS, NEIGHBOURS))
+    least, most = np.pad(np.minimum(earlier, later), ends), np.pad(np.maximum(earlier, later), ends)
+    middle = least + (most - least) / 2
+    for end in (np.arange(NEIGHBOURS + 1), np.arange(-1, -NEIGHBOURS - 2, -1)):
+        for place in range(NEIGHBOURS):
+            others = _median_of_next_three(rows[:, np.delete(end, place)])
+            least[:, end[place]] = np.minimum(others, low)[:, 0]
+            most[:, end[place]] = np.maximum(others, high)[:, 0]
+            middle[:, end[place]] = others[:, 0]
+    return _Neighbourhood(least, most, middle)
+
+
+def _pulled_in(rows: Array, sigma: Array, near: _Neighbourhood) -> Array:
+    calm = np.where(rows < near.least - CUT * sigma, near.least - LONE_CUT * sigma, rows)
+    return np.where(rows > near.most + CUT * sigma, near.most + LONE_CUT * sigma, calm)
+
+
+def standardised(rows: Array) -> Array:
+    """Rows less their means, over their largest deviations; 0 where a row is constant. Squares of it stay in range."""
+    centred = rows - rows.mean(axis=1, keepdims=True)
+    largest = np.abs(centred).max(axis=1, keepdims=True)
+    return np.asarray(np.divide(centred, largest, out=np.zeros_like(rows), where=largest > 0.0))
 
 
 def _levels(rows: Array, index: Counts) -> tuple[Array, Array]:
@@ -145,26 +179,3 @@ def autocorrelation(residuals: Array) -> float:
         return 0.0
     raw = float(residuals[1:] @ residuals[:-1]) / total
     return min(max(raw + (1 + 3 * raw) / len(residuals), 0.0), 0.9)
-
-
-def step_over_memory(rows: Array, residual: Array) -> Array:
-    """Log likelihood ratio of a step in white noise to autocorrelated noise without a step, one entry a row.
-
-    Autocorrelated noise wanders and so fakes steps. Its likelihood is the best of an AR(1) process with each of
-    :data:`AUTOCORRELATIONS`, its mean and variance fitted.
-
-    Args:
-        rows: Winsorised series.
-        residual: Sum of squares of each row that the best step leaves, positive.
-    """
-    n = rows.shape[1]
-    best = np.full(len(rows), np.inf)
-    for rho in AUTOCORRELATIONS:
-        first = math.sqrt(1 - rho * rho)
-        white = np.concatenate([first * rows[:, :1], rows[:, 1:] - rho * rows[:, :-1]], axis=1)
-        weight = np.full(n, 1 - rho)
-        weight[0] = first
-        mean = white @ weight / (weight @ weight)
-        left = ((white - mean[:, None] * weight) ** 2).sum(1)
-        best = np.minimum(best, n / 2 * np.log(np.maximum(left, residual) / residual) - math.log(first))
-    return best

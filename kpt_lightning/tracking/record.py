@@ -2,14 +2,22 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from kpt_lightning.errors import HistoryError
 from kpt_lightning.measure import statistics
 
 STATUSES = ("finished", "interrupted", "failed")
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Levels of :attr:`Metric.quantiles`: the middle half and the middle nine tenths of the steps, and their median."""
+
+QUANTILE_DIGITS = 6
+"""Significant digits that are stored of a quantile: enough to draw it and to say it, and the record stays small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +31,7 @@ class Metric:
         n: Steps summarized; 1 for a value that a run has only once.
         n_effective: Independent steps that these are worth (see ``statistics.effective_size``).
         mad: Median absolute deviation over the steps, unscaled; None below two steps.
+        quantiles: Of the steps, at the levels :data:`QUANTILES`; None below two steps and in records of older versions.
     """
 
     median: float
@@ -31,6 +40,7 @@ class Metric:
     n: int = 1
     n_effective: float = 1.0
     mad: float | None = None
+    quantiles: tuple[float, ...] | None = None
 
     @property
     def spread(self) -> float | None:
@@ -45,8 +55,31 @@ class Metric:
             return None
         n_effective = statistics.effective_size(values)
         return cls(
-            median=center, unit=unit, better=better, n=len(values), n_effective=n_effective, mad=statistics.mad(values)
-        )
+            median=center, unit=unit, better=better, n=len(values), n_effective=n_effective,
+            mad=statistics.mad(values), quantiles=_quantiles(values),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The metric as JSON-like data; without quantiles as versions wrote it that did not know them."""
+        data = asdict(self)
+        if self.quantiles is None:
+            del data["quantiles"]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Metric":
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: A field is missing or unknown.
+            ValueError: The quantiles are not one for each level, ascending.
+        """
+        found = cls(**data)
+        if found.quantiles is None:
+            return found
+        if len(found.quantiles) != len(QUANTILES) or any(low > high for low, high in pairwise(found.quantiles)):
+            raise ValueError(f"quantiles={found.quantiles!r}: must be {len(QUANTILES)} ascending numbers")
+        return replace(found, quantiles=tuple(found.quantiles))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +144,7 @@ class RunRecord:
         """The record as JSON-like data."""
         data = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         data["key"] = asdict(self.key)
-        data["metrics"] = {name: asdict(metric) for name, metric in self.metrics.items()}
+        data["metrics"] = {name: metric.to_dict() for name, metric in self.metrics.items()}
         data["loss_at"] = {str(step): loss for step, loss in self.loss_at.items()}
         data["notes"] = list(self.notes)
         return data
@@ -126,7 +159,7 @@ class RunRecord:
         values = dict(data)
         try:
             values["key"] = RunKey(**values["key"])
-            values["metrics"] = {name: Metric(**metric) for name, metric in values["metrics"].items()}
+            values["metrics"] = {name: Metric.from_dict(metric) for name, metric in values["metrics"].items()}
             values["loss_at"] = {int(step): loss for step, loss in values["loss_at"].items()}
             values["notes"] = tuple(values["notes"])
             return cls(**values)
@@ -141,3 +174,14 @@ def digest(data: Any) -> str:
     """The first 16 hex digits of SHA-256 over sorted JSON: equal on every machine and in every process."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, ...] | None:
+    """At the levels :data:`QUANTILES`, rounded; None below two values, or where one has no finite quantile."""
+    if len(values) < 2:
+        return None
+    ordered = sorted(values)
+    found = [statistics.quantile(ordered, level) or 0.0 for level in QUANTILES]
+    if not all(math.isfinite(each) for each in found):
+        return None
+    return tuple(float(f"{each:.{QUANTILE_DIGITS}g}") for each in found)

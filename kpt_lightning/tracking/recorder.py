@@ -2,6 +2,7 @@
 
 import json
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,7 +14,10 @@ from torch import nn
 from kpt_lightning.errors import ConfigError
 from kpt_lightning.measure.batch import batch_size
 from kpt_lightning.measure.memory import PeakMemory, peak_memory, reset_peak
-from kpt_lightning.measure.timer import StepTimer
+from kpt_lightning.measure.timer import StepTimer, StepTimes
+from kpt_lightning.tracking.compilation import Compilation, CompilationWatch
+from kpt_lightning.tracking.device_readings import DeviceReadings
+from kpt_lightning.tracking.drift import Drift, DriftDetector, DriftWarning
 from kpt_lightning.tracking.fingerprint import environment, model_fingerprint
 from kpt_lightning.tracking.record import RunKey, RunRecord, digest
 from kpt_lightning.tracking.series import LossTrace, StepSeries, Work
@@ -21,6 +25,9 @@ from kpt_lightning.tracking.summary import Observed, common_shape, most_batches,
 
 T = TypeVar("T")
 TokenCount = int | Callable[[Any], int]
+
+OUT_OF_MEMORY = "out of memory"
+"""``details["cause"]`` of a run that died of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +53,17 @@ class RunInfo:
     resumed_from: str | None = None
 
 
+def warn_of_drift(drift: Drift) -> None:
+    """Warn on the spot."""
+    warnings.warn(f"kpt: {drift.text}", DriftWarning, stacklevel=2)
+
+
 class RunRecorder:
     """Collects times, work, memory and losses of one run.
 
     A loop calls :meth:`start`, then per batch :meth:`batch_start` and :meth:`batch_end`, around anything that is not
     training :meth:`pause`, and at last :meth:`finish`. Wrapping the loader in :meth:`batches` measures its cost.
+    Something that grows while training, see :mod:`.drift`, is told at once.
     """
 
     def __init__(
@@ -62,6 +75,7 @@ class RunRecorder:
         warmup_steps: int = 10,
         tokens_per_batch: TokenCount | None = None,
         flops_per_step: float | None = None,
+        on_drift: Callable[[Drift], None] = warn_of_drift,
     ) -> None:
         """Prepare; the device is touched by :meth:`start`.
 
@@ -72,6 +86,7 @@ class RunRecorder:
             warmup_steps: Optimizer steps that no metric counts; at most a third of the run.
             tokens_per_batch: Tokens in a batch of this process, or a function of the batch; None looks for token ids.
             flops_per_step: FLOPs of one optimizer step of this process; None counts them by formula.
+            on_drift: Called with each drift, once for each kind.
 
         Raises:
             ConfigError: ``warmup_steps`` is negative, or the config or plan is not JSON-like.
@@ -88,6 +103,9 @@ class RunRecorder:
         self._tokens_per_batch, self._flops_per_step = tokens_per_batch, flops_per_step
         self._work = Work(index=1)
         self._memory: PeakMemory | None = None
+        self._compilation: Compilation | None = None
+        self._on_drift = on_drift
+        self._stalls: list[float] = []
 
     @property
     def steps(self) -> int:
@@ -107,6 +125,8 @@ class RunRecorder:
         self._fingerprint = model_fingerprint(self.model)
         driver = self._profile.versions.get("driver")
         self._environment = environment({"driver": driver} if driver else None)
+        self._drift = DriftDetector(DeviceReadings(self.device), first_step)
+        self._compiling = CompilationWatch()
         reset_peak(self.device)
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
@@ -138,36 +158,50 @@ class RunRecorder:
         if loss is not None:
             self._losses.add(self._first_step - 1 + self._work.index, loss)
         if done:
-            self._series.add(self.timer.drain())
+            self._take(self.timer.drain())
             self._work = Work(index=self._work.index + 1)
 
     def pause(self) -> None:
         """Validation, a checkpoint or the like happens before the next batch: its time is not the training's."""
         self.timer.pause()
 
+    def checkpointed(self, seconds: float) -> None:
+        """A checkpoint held the training up for so long."""
+        self._stalls.append(seconds)
+
     def stop(self, *, wait: bool = True) -> None:
         """Training is over. ``wait=False`` takes only what is ready: after a failure a device may never answer."""
+        # What grew in the last steps is no news any more.
         self._series.add(self.timer.finish() if wait else self.timer.drain())
         self._memory = peak_memory(self.device)
+        self._compilation = self._compiling.read()
 
-    def finish(self, status: str = "finished", plan: Mapping[str, Any] | None = None) -> RunRecord | None:
-        """The record, None where no step was measured. A run that did not finish has no losses: none are fetched.
+    def finish(
+        self, status: str = "finished", plan: Mapping[str, Any] | None = None, cause: str | None = None
+    ) -> RunRecord | None:
+        """The record. A run that did not finish has no losses: none are fetched.
 
         Args:
             status: "finished", "failed" or "interrupted".
             plan: The plan with what was proved since the start; None keeps that of :class:`RunInfo`.
+            cause: What ended a run that did not finish, such as "out of memory".
+
+        Returns:
+            None where no step was measured, unless memory ran out in the first one.
         """
         steady, warmup = self._series.steady()
-        if not steady:
+        if not steady and not (cause == OUT_OF_MEMORY and self._work.batches):
             return None
         losses, marks, finite = self._losses.finish() if status == "finished" else ([], {}, None)
         observed = Observed(
             steady=steady, first=self._series.first, warmup=warmup, warmup_asked=self._series.warmup,
             memory=self._memory, losses=losses, finite=finite, clock=self.timer.clock, dropped=self.timer.dropped,
             model=self.model, precision=self.info.precision, profile=self._profile, flops_per_step=self._flops_per_step,
+            marks=marks, compilation=self._compilation, stalls=self._stalls,
         )  # fmt: skip
         metrics, details, notes = summarize(observed)
-        config = {"batch": common_shape(steady), "batches_per_step": most_batches(steady), **self.info.config}
+        seen = steady or [StepTimes(0.0, 0.0, None, self._work)]
+        config = {"batch": common_shape(seen), "batches_per_step": most_batches(seen), **self.info.config}
         return RunRecord(
             run_id=self.run_id,
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -185,13 +219,24 @@ class RunRecorder:
             environment=self._environment,
             loss_at=marks,
             loss_finite=finite,
-            details={**details, **self._facts(), "config": config},
-            notes=notes,
+            details={**details, **self._facts(), "config": config, **({"cause": cause} if cause else {})},
+            notes=(*notes, *self._drift.notes(), *((f"{status}: {cause}",) if cause else ())),
             plan=self.info.plan if plan is None else plan,
         )
 
+    def _take(self, steps: list[StepTimes]) -> None:
+        self._series.add(steps)
+        for step in steps:
+            if step.context.index > self._series.warmup:
+                for drift in self._drift.add(step):
+                    self._on_drift(drift)
+
     def _facts(self) -> dict[str, Any]:
-        facts = {"steps": self.steps, "first_step": self._first_step, "device_type": self.device.type}
+        facts: dict[str, Any] = {
+            "steps": self.steps, "first_step": self._first_step, "device_type": self.device.type
+        }  # fmt: skip
+        if self._drift.found:
+            facts["drift"] = [drift.to_dict() for drift in self._drift.found]
         return facts if self.info.resumed_from is None else facts | {"resumed_from": self.info.resumed_from}
 
     def _add_work(self, batch: Any) -> None:

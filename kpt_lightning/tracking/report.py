@@ -1,4 +1,4 @@
-"""A run and a comparison as short tables, for a terminal or as plain text."""
+"""A run, alone and beside its history, as short tables, for a terminal or as plain text."""
 
 import io
 import math
@@ -7,11 +7,17 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from kpt_lightning.tracking.compare import Comparison, Row, noise_floor
+from kpt_lightning.tracking.check import Checked
+from kpt_lightning.tracking.conclusion import Conclusion
+from kpt_lightning.tracking.fingerprint import CODE_KEY
 from kpt_lightning.tracking.record import Metric, RunRecord
+from kpt_lightning.tracking.thresholds import GATE_FEWEST_RUNS
 
 NOTHING_TO_COMPARE = "first run of this key: nothing to compare with"
-COLORS = {"slower": "red", "worse": "red", "faster": "green", "better": "green"}
+COLORS = {"regression": "red", "improvement": "green"}
+SHOWN_CHANGES = ("key", "config", "plan", f"environment.{CODE_KEY}")
+"""Beginnings of the names of changes that a table tells; the verdicts tell those of the environment."""
+
 LABELS = {
     "step_time": "step time",
     "data_wait": "data wait",
@@ -22,8 +28,13 @@ LABELS = {
     "reserved_memory": "reserved",
     "first_step_time": "first step",
     "final_loss": "final loss",
+    "compile_time": "compilation",
+    "compiled_graphs": "graphs compiled",
+    "recompiles": "recompilations",
+    "checkpoint_stall": "checkpoint stall",
 }
 PLAIN_WIDTH = 120
+SHORT = 12
 UNREADABLE = 9.0
 
 
@@ -39,30 +50,57 @@ def record_table(record: RunRecord) -> Table:
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """The new run against its baseline: each judged metric with its change, the 95 % interval and the verdict."""
-    notes = [f"changed: {n} {old} -> {new}" for n, (old, new) in comparison.environment_changes.items()]
-    if notes:
-        notes.append("the environment changed, which may be the cause")
-    if comparison.commits:
-        notes.append(f"commit {_short(comparison.commits[0])} -> {_short(comparison.commits[1])}")
-    floor = noise_floor(comparison.baseline, "step_time") or 0.0
-    source = f"{comparison.like_runs} like runs" if comparison.like_runs else f"a floor of {floor:.1%} per run in time"
-    notes += [f"{row.metric}: {row.verdict}" for row in comparison.rows if ":" in row.verdict]
-    notes += [*comparison.problems, f"noise between runs: {source}"]
-    title = f"{_title(comparison.new)}\nagainst {comparison.baseline.run_id[:8]} of {comparison.baseline.created_at}"
-    table = _table(title, notes)
+def conclusion_table(conclusion: Conclusion) -> Table:
+    """The run beside its history: each judged metric with its change, the 95 % interval and the verdict."""
+    title = f"{_title(conclusion.record)}\nagainst the {_runs(conclusion.earlier)} of this key before"
+    table = _table(title, (*_remarks(conclusion), *conclusion.record.notes))
     table.add_column("metric", no_wrap=True)
-    for name in ("baseline", "now", "change", "95 % interval"):
+    for name in ("before", "now", "change", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for row in comparison.rows:
-        unit = comparison.new.metrics[row.metric].unit
-        verdict, color = row.verdict.partition(":")[0], COLORS.get(row.verdict)
-        verdict = f"[{color}]{verdict}[/{color}]" if color else verdict
-        values = show_value(row.baseline, unit), show_value(row.new, unit)
-        table.add_row(LABELS.get(row.metric, row.metric), *values, _percent(row.change), _interval(row), verdict)
+    for each in conclusion.verdicts:
+        before = "" if each.before is None else show_value(each.before, each.unit)
+        outcome = each.verdict.outcome if each.verdict else ""
+        color = COLORS.get(outcome)
+        verdict = f"[{color}]{_verdict(each)}[/{color}]" if color else _verdict(each)
+        now = "" if each.now is None else show_value(each.now, each.unit)
+        values = before, now, _change(each), _interval(each)
+        table.add_row(LABELS.get(each.metric, each.metric), *values, verdict)
     return table
+
+
+def _remarks(conclusion: Conclusion) -> Iterable[str]:
+    """What the rows leave open: why nothing was judged, how many runs more would settle it, what changed."""
+    steps = conclusion.record.metrics.get("step_time")
+    if not conclusion.verdicts and conclusion.record.status == "finished":
+        yield f"{steps.n if steps else 0} steady steps: too few to compare"
+    # A run beside others of its history has the same reason in most rows.
+    reasons: dict[str, list[str]] = {}
+    for each in conclusion.verdicts:
+        for reason in filter(None, (_open_question(each), each.note)):
+            reasons.setdefault(reason, []).append(LABELS.get(each.metric, each.metric))
+    for reason, names in reasons.items():
+        all_of_them = len(names) == len(conclusion.verdicts)
+        yield reason if all_of_them else f"{', '.join(names)}: {reason}"
+    for name, (then, now) in conclusion.changes.items():
+        if name.startswith(SHOWN_CHANGES):
+            yield f"changed: {name} {_short(then)} -> {_short(now)}"
+    yield from conclusion.problems
+
+
+def _open_question(checked: Checked) -> str:
+    """Why there is no verdict, and what would make one; empty where there is one."""
+    verdict = checked.verdict
+    if verdict is None:
+        return "no run before in this environment"
+    if not checked.judged and verdict.baseline_runs < GATE_FEWEST_RUNS:
+        missing = GATE_FEWEST_RUNS - verdict.baseline_runs
+        return f"{_runs(verdict.baseline_runs)} before: too few to judge; about {missing} more needed"
+    return verdict.reason if verdict.outcome == "inconclusive" else ""
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def as_text(table: Table) -> str:
@@ -98,12 +136,28 @@ def _title(record: RunRecord) -> str:
     return f"{key.name}: {key.device_count} x {key.device}, {key.strategy}, {key.precision}"
 
 
-def _interval(row: Row) -> str:
-    known = row.interval.finite and row.interval.high < UNREADABLE
-    return f"{100 * row.interval.low:+.1f}..{row.interval.high:+.1%}" if known else "unknown"
+def _verdict(checked: Checked) -> str:
+    verdict = checked.verdict
+    if verdict is None:
+        return "no baseline"
+    if not checked.judged and verdict.baseline_runs < GATE_FEWEST_RUNS:
+        return "too few runs"
+    if verdict.outcome != "regression":
+        return verdict.outcome
+    known = "known " if checked.acknowledged is not None else ""
+    return f"{known}{verdict.severity or 'tiny'} regression"
 
 
-def _percent(change: float) -> str:
+def _interval(checked: Checked) -> str:
+    bounds = checked.verdict.interval if checked.verdict else None
+    known = bounds is not None and bounds.finite and abs(bounds.high) < UNREADABLE
+    return f"{100 * bounds.low:+.1f}..{bounds.high:+.1%}" if known and bounds else "unknown"
+
+
+def _change(checked: Checked) -> str:
+    if checked.verdict is None or not math.isfinite(checked.verdict.shift):
+        return ""
+    change = checked.verdict.shift
     return f"{change:+.1%}" if abs(change) < UNREADABLE else f"x{change + 1:.3g}"
 
 
@@ -113,5 +167,6 @@ def _table(title: str, notes: Iterable[str]) -> Table:
     return layout
 
 
-def _short(commit: str | None) -> str:
-    return commit[:10] if commit else "none"
+def _short(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 2]}.."

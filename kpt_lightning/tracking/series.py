@@ -75,6 +75,13 @@ def is_mark(step: int) -> bool:
     return step in (1, 2, 5)
 
 
+def is_judged_mark(step: int) -> bool:
+    """Whether the loss of this step is a metric: 10, 100, 1,000, ... Judging more would raise more false alarms."""
+    while step >= 100 and step % 10 == 0:
+        step //= 10
+    return step == 10
+
+
 class LossTrace:
     """Losses on their device: nothing is fetched before :meth:`finish`, and nothing waits for the device."""
 

@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,31 +11,17 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
-from kpt_lightning.errors import HistoryError
+from kpt_lightning.errors import ConfigError, HistoryError
 from kpt_lightning.optional import PSYCOPG
+from kpt_lightning.tracking import schema
 from kpt_lightning.tracking.record import RunKey, RunRecord
+from kpt_lightning.tracking.schema import SCHEMA_VERSION as SCHEMA_VERSION
+from kpt_lightning.tracking.sqlite import is_writable, reading_engine, writing_engine
 
 DEFAULT_PATH = Path(".kpt") / "runs.sqlite"
 """Under the current directory."""
 
 LOCATION_VARIABLE = "KPT_HISTORY"
-SCHEMA_VERSION = 1
-BUSY_SECONDS = 30.0
-FIRST_USE_LOCK = 0x6B7074
-"""Of PostgreSQL's advisory locks: "kpt"."""
-
-_metadata = sa.MetaData()
-_schema = sa.Table("kpt_schema", _metadata, sa.Column("version", sa.Integer, primary_key=True))
-_runs = sa.Table(
-    "kpt_runs",
-    _metadata,
-    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("run_id", sa.String(64), nullable=False, unique=True),
-    sa.Column("created_at", sa.String(40), nullable=False),
-    sa.Column("key_digest", sa.String(64), nullable=False, index=True),
-    sa.Column("status", sa.String(16), nullable=False),
-    sa.Column("record", sa.Text, nullable=False),
-)
 
 
 class RunStore:
@@ -48,12 +33,13 @@ class RunStore:
     ``postgresql://user@host/database``. Runs then have the order in which they were stored, whatever the hosts' clocks.
     """
 
-    def __init__(self, location: str | Path | None = None) -> None:
+    def __init__(self, location: str | Path | None = None, *, reading: bool = False) -> None:
         """Choose the place; nothing is opened or created yet.
 
         Args:
             location: A path, or a database URL of SQLAlchemy's. None is ``KPT_HISTORY`` from the environment, else
                 :data:`DEFAULT_PATH`.
+            reading: Open a file that cannot be written without the write lock, to read it only; see ``read_only``.
         """
         place = str(location or os.environ.get(LOCATION_VARIABLE) or DEFAULT_PATH)
         self.url = sa.make_url(place if "://" in place else f"sqlite:///{place}")
@@ -61,25 +47,31 @@ class RunStore:
             # SQLAlchemy's default for it is a driver of the last decade.
             self.url = self.url.set(drivername="postgresql+psycopg")
         self._engine: sa.Engine | None = None
+        self._reading = reading
 
     @property
     def place(self) -> str:
         """Path or URL for messages, without a password."""
-        return (self.url.database or "") if self._is_file else self.url.render_as_string(hide_password=True)
+        return (self.url.database or "") if self.is_file else self.url.render_as_string(hide_password=True)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it is opened to read only, because the file or its directory cannot be written."""
+        return self._reading and self.is_file and self.exists() and not is_writable(Path(self.url.database or ""))
+
+    def exists(self) -> bool:
+        """Whether there is something to open: a file that is not empty, or a server, which may be out of reach."""
+        path = Path(self.url.database or "")
+        return not self.is_file or (path.is_file() and path.stat().st_size > 0)
 
     def open(self) -> "RunStore":
-        """Create what is missing and check the schema version.
+        """Create what is missing, bring an older schema up to date, check the version.
 
         Raises:
             HistoryError: The place cannot be read or written, or a newer version of kpt-lightning made it.
         """
-        with self._connect() as connection:
-            version = connection.execute(sa.select(sa.func.max(_schema.c.version))).scalar_one()
-        if version != SCHEMA_VERSION:
-            raise HistoryError(
-                f"history={self.place!r}: its schema has version {version}, this kpt-lightning reads version "
-                f"{SCHEMA_VERSION}. Upgrade kpt-lightning, or set {LOCATION_VARIABLE} to another file."
-            )
+        with self.connect() as connection:
+            schema.check_version(schema.read_version(connection), self.place)
         return self
 
     def add(self, record: RunRecord) -> None:
@@ -96,8 +88,8 @@ class RunStore:
             "record": json.dumps(record.to_dict(), allow_nan=False),
         }
         self.open()
-        with self._connect() as connection:
-            connection.execute(sa.insert(_runs).values(row))
+        with self.connect() as connection:
+            connection.execute(sa.insert(schema.runs).values(row))
 
     def like(self, key: RunKey, limit: int | None = None, status: str = "finished") -> list[RunRecord]:
         """Runs with this key, oldest first; with ``limit`` only the newest so many.
@@ -105,7 +97,9 @@ class RunStore:
         Raises:
             HistoryError: The store cannot be read.
         """
-        query = sa.select(_runs.c.record).where(_runs.c.key_digest == key.digest, _runs.c.status == status)
+        query = sa.select(schema.runs.c.record).where(
+            schema.runs.c.key_digest == key.digest, schema.runs.c.status == status
+        )
         return self._read(query, limit)
 
     def all(self, limit: int | None = None) -> list[RunRecord]:
@@ -114,7 +108,7 @@ class RunStore:
         Raises:
             HistoryError: The store cannot be read.
         """
-        return self._read(sa.select(_runs.c.record), limit)
+        return self._read(sa.select(schema.runs.c.record), limit)
 
     def ids(self) -> set[str]:
         """The ids of all runs.
@@ -123,8 +117,8 @@ class RunStore:
             HistoryError: The store cannot be read.
         """
         self.open()
-        with self._connect() as connection:
-            return set(connection.execute(sa.select(_runs.c.run_id)).scalars())
+        with self.connect() as connection:
+            return set(connection.execute(sa.select(schema.runs.c.run_id)).scalars())
 
     def get(self, run_id: str) -> RunRecord:
         """One run.
@@ -132,24 +126,61 @@ class RunStore:
         Raises:
             HistoryError: There is none with this id.
         """
-        found = self._read(sa.select(_runs.c.record).where(_runs.c.run_id == run_id), None)
+        found = self._read(sa.select(schema.runs.c.record).where(schema.runs.c.run_id == run_id), None)
         if not found:
             raise HistoryError(f"run={run_id!r}: not in {self.place!r}. List the runs with RunStore.all().")
         return found[0]
 
+    def find(self, prefix: str) -> RunRecord:
+        """The run whose id begins so; a whole id wins over longer ones.
+
+        Raises:
+            ConfigError: None or several begin so.
+            HistoryError: The store cannot be read.
+        """
+        ids = self.ids()
+        found = [prefix] if prefix in ids else sorted(each for each in ids if prefix and each.startswith(prefix))
+        if not found:
+            raise ConfigError("run", prefix, "no run of this history begins so", "List them with kpt regress history")
+        if len(found) > 1:
+            shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            raise ConfigError("run", prefix, f"{len(found)} runs begin so: {shown}", "Give more of the id")
+        return self.get(found[0])
+
     def _read(self, query: "sa.Select[Any]", limit: int | None) -> list[RunRecord]:
         self.open()
-        with self._connect() as connection:
-            rows = connection.execute(query.order_by(_runs.c.sequence.desc()).limit(limit)).scalars().all()
-        return [RunRecord.from_dict(json.loads(row)) for row in reversed(rows)]
+        with self.connect() as connection:
+            rows = connection.execute(query.order_by(schema.runs.c.sequence.desc()).limit(limit)).scalars().all()
+        return [RunRecord.from_dict(self.parse(row)) for row in reversed(rows)]
+
+    def parse(self, row: str) -> dict[str, Any]:
+        """A row's data.
+
+        Raises:
+            HistoryError: It is no JSON object, as in a file that lost a part.
+        """
+        try:
+            data = json.loads(row)
+        except ValueError:
+            data = None
+        if not isinstance(data, dict):
+            raise HistoryError(
+                f"history={self.place!r}: a row of it is damaged. Look with kpt regress doctor; restore a backup."
+            )
+        return data
 
     @property
-    def _is_file(self) -> bool:
+    def is_file(self) -> bool:
+        """Whether it is a SQLite file, not a server."""
         return self.url.get_backend_name() == "sqlite"
 
     @contextmanager
-    def _connect(self) -> Iterator[sa.Connection]:
-        """One transaction; every error of the database becomes a HistoryError with the place and the next step."""
+    def connect(self) -> Iterator[sa.Connection]:
+        """One transaction; SQLite's holds the write lock from the beginning, unless it is opened to read only.
+
+        Raises:
+            HistoryError: In place of every error of the database, with the place and the next step.
+        """
         try:
             if self._engine is None:
                 self._engine = self._make_engine()
@@ -165,42 +196,9 @@ class RunStore:
     def _make_engine(self) -> sa.Engine:
         if self.url.drivername == "postgresql+psycopg":
             PSYCOPG.require(f"history={self.place!r}")
-        engine = sa.create_engine(self.url, poolclass=NullPool)
-        if self._is_file:
-            if self.url.database:
-                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
-            sa.event.listen(engine, "connect", _on_connect)
-            sa.event.listen(engine, "begin", _on_begin)
+        if self.read_only:
+            return reading_engine(Path(self.url.database or ""))
+        engine = writing_engine(self.url) if self.is_file else sa.create_engine(self.url, poolclass=NullPool)
         with engine.begin() as connection:
-            if engine.dialect.name == "postgresql":
-                # Two first writers would both make the tables; SQLite holds the write lock from the beginning.
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(FIRST_USE_LOCK)))
-            if not sa.inspect(connection).has_table(_schema.name):
-                _metadata.create_all(connection)
-                connection.execute(sa.insert(_schema).values(version=SCHEMA_VERSION))
+            schema.prepare(connection, self.place)
         return engine
-
-
-def _on_connect(connection: Any, _record: Any) -> None:
-    # The driver must not open transactions of its own: _on_begin does, with the write lock taken at once.
-    connection.isolation_level = None
-    connection.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
-    _set_wal(connection)
-    connection.execute("PRAGMA synchronous=FULL")
-
-
-def _set_wal(connection: Any) -> None:
-    """Switch to WAL; SQLite's busy timeout does not cover the switch, so two first writers need the retry."""
-    give_up = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
-                raise
-            time.sleep(0.02)
-
-
-def _on_begin(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")

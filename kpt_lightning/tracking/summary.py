@@ -1,8 +1,8 @@
 """From what was observed to metrics."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from kpt_lightning.hardware import HardwareProfile
 from kpt_lightning.measure.flops import training_flops
 from kpt_lightning.measure.memory import PeakMemory
 from kpt_lightning.measure.timer import StepTimes
+from kpt_lightning.tracking.compilation import Compilation
 from kpt_lightning.tracking.record import Metric
-from kpt_lightning.tracking.series import Work
+from kpt_lightning.tracking.series import Work, is_judged_mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +35,13 @@ class Observed:
     precision: str
     profile: HardwareProfile
     flops_per_step: float | None
+    marks: Mapping[int, float] = field(default_factory=dict)
+    compilation: Compilation | None = None
+    stalls: Sequence[float] = ()
 
 
 def summarize(seen: Observed) -> tuple[dict[str, Metric], dict[str, Any], tuple[str, ...]]:
-    """Metrics, details and notes of a run with at least one steady step."""
+    """Metrics, details and notes of a run; without a steady step those of its memory and compilation."""
     details: dict[str, Any] = {"clock": seen.clock, "warmup_steps": seen.warmup}
     notes: list[str] = []
     if seen.warmup < seen.warmup_asked:
@@ -50,11 +54,18 @@ def summarize(seen: Observed) -> tuple[dict[str, Metric], dict[str, Any], tuple[
         **_throughput(seen.steady),
         **_utilization(seen, details, notes),
         **_memory(seen.memory, details),
+        **_compilation(seen.compilation),
+        "checkpoint_stall": Metric.of(seen.stalls, "s", "lower"),
     }
     if seen.first is not None and seen.first.context.index == 1 and seen.warmup:
         found["first_step_time"] = Metric(median=seen.first.compute, unit="s", better="lower")
     if seen.finite:
         found["final_loss"] = Metric.of(seen.losses, "1", "lower")
+        found |= {
+            f"loss_at_{step}": Metric(median=loss, unit="1", better="lower")
+            for step, loss in seen.marks.items()
+            if is_judged_mark(step)
+        }
     elif seen.finite is False:
         notes.append("a loss was not finite")
     return {name: metric for name, metric in found.items() if metric is not None}, details, tuple(notes)
@@ -106,6 +117,8 @@ def _throughput(steady: Sequence[StepTimes]) -> dict[str, Metric | None]:
 
 
 def _utilization(seen: Observed, details: dict[str, Any], notes: list[str]) -> dict[str, Metric | None]:
+    if not seen.steady:
+        return {}
     dtype = peak_dtype(seen.precision, seen.profile.kind)
     peak = None if dtype is None else seen.profile.peak_flops(dtype)
     flops = _flops_of_steps(seen, details)
@@ -160,3 +173,13 @@ def _memory(memory: PeakMemory | None, details: dict[str, Any]) -> dict[str, Met
     if memory.reserved_bytes is not None:
         found["reserved_memory"] = Metric(median=float(memory.reserved_bytes), unit="bytes", better="lower")
     return found
+
+
+def _compilation(compilation: Compilation | None) -> dict[str, Metric | None]:
+    if compilation is None:
+        return {}
+    return {
+        "compile_time": Metric(median=compilation.seconds, unit="s", better="lower"),
+        "compiled_graphs": Metric(median=float(compilation.graphs), unit="1", better="lower"),
+        "recompiles": Metric(median=float(compilation.recompiles), unit="1", better="lower"),
+    }

@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
-LEVEL = 0.012
-"""False alarms of one look by ranks alone, up to :data:`REFERENCE` runs; the other conditions leave 0.5 to 0.8 % of
-them there (benchmarks/results/detector_2026-11-23.md)."""
+LEVEL = 0.015
+"""False alarms of one look by ranks alone, up to :data:`REFERENCE` runs; the other conditions leave a third
+of them there (benchmarks/results/detector_2026-11-23.md)."""
 
 REFERENCE = 30
 """Runs at which the level is largest. Later looks at a growing history share a budget, so the level falls as 1 / n^2,
@@ -32,14 +32,13 @@ RANK_QUANTILES = {
 """Upper quantiles of ``rank_statistic.best_split`` for n independent normal values without their lone outliers, 300,000
 series each."""
 
-MEMORY_EVIDENCE = 5.3
-"""Log likelihood ratio of a step to an AR(1) noise at :data:`REFERENCE` runs. A ratio of e^x happens by chance with a
-probability of the order e^-x however often one looks (Ville's inequality); the rest is for the choice of the place."""
+MEMORY_EVIDENCE = 0.6
+"""Log Bayes factor of a step to memory alone at :data:`REFERENCE` runs, beside the test by ranks."""
 
-MEMORY_SLOPE = 6.5
+MEMORY_SLOPE = 6.0
 """More evidence asked per unit of |log(n / 30)|: few runs cannot tell memory from a step, many are looked at again."""
 
-PLACE_MASS = 0.7
+PLACE_MASS = 0.75
 """Posterior probability that the place is right to within two, below which a change is not reported yet."""
 
 
@@ -60,7 +59,7 @@ def critical_rank(n: int, looks: int = 1) -> float:
 
 
 def critical_evidence(n: int, looks: int = 1) -> float:
-    """Log likelihood ratio to memory that ``n`` runs must exceed; the odds of ``looks`` windows add up."""
+    """Log Bayes factor against memory that ``n`` runs must exceed; the odds of ``looks`` windows add up."""
     return MEMORY_EVIDENCE + MEMORY_SLOPE * abs(math.log(n / REFERENCE)) + math.log(looks)
 
 

@@ -1,110 +1,23 @@
 import logging
-import time
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
 from kpt_lightning.callbacks import RegressionCallback
 from kpt_lightning.errors import ConfigError, HistoryError
-from kpt_lightning.tracking.compare import RegressionError, RegressionWarning
 from kpt_lightning.tracking.store import RunStore
+from tests.callbacks.small_fits import Manual, Net, Rows, Stream, Validated, callback_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
 ]
-
-
-class Rows(Dataset):
-    def __init__(self, count, delay=0.0):
-        self.count, self.delay = count, delay
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if index >= self.count:
-            raise IndexError(index)
-        time.sleep(self.delay)
-        return torch.full((8,), float(index % 3))
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(torch.ones(8) for _ in range(40))
-
-
-class Net(pl.LightningModule):
-    def __init__(self, *, step_seconds=0.0, fail_at=None, error=None, nan_at=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
-        self.step_seconds, self.fail_at, self.error, self.nan_at = step_seconds, fail_at, error, nan_at
-
-    def training_step(self, batch, batch_idx):
-        if self.fail_at is not None and self.global_step >= self.fail_at:
-            raise self.error or RuntimeError("boom")
-        time.sleep(self.step_seconds)
-        loss = self.layers(batch).square().mean()
-        return loss * float("nan") if self.nan_at == self.global_step else loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-
-class Validated(Net):
-    def validation_step(self, batch, batch_idx):
-        time.sleep(0.02)
-
-
-class Manual(Net):
-    """Two optimizers; with ``every`` they step on some batches only."""
-
-    def __init__(self, every=1):
-        super().__init__()
-        self.automatic_optimization, self.every = False, every
-
-    def training_step(self, batch, batch_idx):
-        loss = self.layers(batch).square().mean()
-        self.manual_backward(loss)
-        if (batch_idx + 1) % self.every == 0:
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
-        return {"loss": loss}
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(layer.parameters(), lr=1e-3) for layer in (self.layers[0], self.layers[2])]
-
-
-@pytest.fixture
-def fit(tmp_path):
-    """Fit with a callback that ignores regressions: two runs on a busy machine may differ by anything."""
-
-    def run(module=None, callback=None, *, rows=160, data=None, val=None, ckpt_path=None, callbacks=(), **options):
-        callback = callback or callback_for(tmp_path, on_regression="ignore")
-        defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False}
-        trainer = pl.Trainer(
-            accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, callbacks=[callback, *callbacks], **{**defaults, **options},
-        )  # fmt: skip
-        data = DataLoader(Rows(rows), batch_size=4) if data is None else data
-        trainer.fit(module or Net(), data, val, ckpt_path=ckpt_path)
-        return callback
-
-    return run
-
-
-def callback_for(tmp_path, **options):
-    return RegressionCallback(tmp_path / "runs.sqlite", print_report=False, **options)
 
 
 def test_a_fit_is_measured_stored_and_readable(fit, tmp_path):
@@ -125,36 +38,21 @@ def test_a_fit_is_measured_stored_and_readable(fit, tmp_path):
     assert record.loss_finite is True
 
 
-def test_the_second_fit_is_compared_with_the_first_also_by_the_same_callback(fit):
-    callback = fit()
-    first = callback.record
-    fit(callback=callback)
-    assert callback.comparison.baseline == first
-    assert callback.comparison.new == callback.record != first
-    assert {row.metric for row in callback.comparison.rows} >= {"step_time", "samples_per_second", "peak_memory"}
+def test_checkpoints_have_a_stall_and_compiled_models_a_compile_time(fit, tmp_path):
+    torch._dynamo.reset()
+    module = Net()
+    module.layers = torch.compile(module.layers, backend="eager")
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=10)
+    metrics = fit(module, callbacks=[saver], enable_checkpointing=True).record.metrics
+    assert metrics["checkpoint_stall"].n >= 3
+    assert 0 < metrics["checkpoint_stall"].median < 10
+    assert metrics["compile_time"].median > 0
+    assert metrics["compiled_graphs"].median >= 1
+    assert metrics["recompiles"].median < metrics["compiled_graphs"].median
 
 
-def test_a_slower_run_warns_and_a_slower_step_is_the_reason(fit, tmp_path):
-    fit(Net(step_seconds=0.002))
-    with pytest.warns(RegressionWarning, match="step_time slower"):
-        callback = fit(Net(step_seconds=0.05), callback_for(tmp_path))
-    verdicts = {row.metric: row.verdict for row in callback.comparison.rows}
-    assert verdicts["step_time"] == verdicts["samples_per_second"] == "slower"
-
-
-def test_fail_raises_after_the_record_is_stored(fit, tmp_path):
-    fit(Net(step_seconds=0.002))
-    with pytest.raises(RegressionError, match="step_time slower"):
-        fit(Net(step_seconds=0.05), callback_for(tmp_path, on_regression="fail"))
-    assert len(RunStore(tmp_path / "runs.sqlite").all()) == 2
-
-
-def test_a_function_gets_the_comparison_and_ignore_is_silent(fit, tmp_path):
-    fit(Net(step_seconds=0.002))
-    seen = []
-    fit(Net(step_seconds=0.05), callback_for(tmp_path, on_regression=seen.append))
-    assert seen[0].regressed
-    fit(Net(step_seconds=0.2), callback_for(tmp_path, on_regression="ignore"), rows=40)
+def test_without_checkpoints_and_compilation_neither_is_a_metric(fit):
+    assert not {"checkpoint_stall", "compile_time", "recompiles"} & fit().record.metrics.keys()
 
 
 def test_a_slow_loader_shows_in_data_wait_and_throughput_and_not_in_step_time(fit):
@@ -269,12 +167,6 @@ def test_an_unreadable_store_stops_the_fit_before_it_starts(fit, tmp_path):
     assert module.global_step == 0
 
 
-def test_a_nan_in_the_middle_is_a_regression_of_a_finite_baseline(fit, tmp_path):
-    fit()
-    with pytest.warns(RegressionWarning, match="not finite"):
-        assert fit(Net(nan_at=20), callback_for(tmp_path)).record.loss_finite is False
-
-
 def test_the_state_survives_a_checkpoint_loaded_with_weights_only_and_a_resumed_run_is_measured(fit, tmp_path):
     saver = ModelCheckpoint(tmp_path / "saved", save_last=True)
     first = fit(callbacks=[saver], enable_checkpointing=True).record
@@ -288,13 +180,6 @@ def test_the_state_survives_a_checkpoint_loaded_with_weights_only_and_a_resumed_
     assert resumed.details["resumed_from"] == state["run_id"] == first.run_id
     assert set(resumed.loss_at) == {50}
     assert resumed.key == first.key
-
-
-def test_metrics_reach_the_logger_under_kpt(fit, tmp_path):
-    logger = CSVLogger(tmp_path, name="log", version=0)
-    fit(logger=logger, log_every_n_steps=1)
-    header = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()[0]
-    assert {"kpt/step_time", "kpt/samples_per_second", "kpt/peak_memory"} <= set(header.split(","))
 
 
 def test_the_report_says_that_the_first_run_has_nothing_to_compare_with(fit, tmp_path, capsys):
@@ -334,7 +219,7 @@ def test_a_plan_of_the_strategy_is_stored(fit):
     assert fit(strategy=Planned("cpu")).record.plan == Plan().to_dict()
 
 
-@pytest.mark.parametrize("options", [{"on_regression": "explode"}, {"warmup_steps": -1}])
+@pytest.mark.parametrize("options", [{"on_regression": "explode"}, {"warmup_steps": -1}, {"fail_on": "bad"}])
 def test_a_wrong_setting_is_refused_at_once(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         RegressionCallback(**options)

@@ -67,12 +67,13 @@ def test_forty_looks_at_a_growing_unchanged_history_stay_quiet(kind, most):
         ("outliers", 0.03, 0.05, 0.38),
         ("outliers", 0.03, 0.10, 0.90),
         ("outliers", 0.03, 0.20, 0.98),
+        ("autoregressive", 0.03, 0.10, 0.78),
     ],
 )
 def test_a_step_in_thirty_runs_is_found_where_it_is(kind, variation, shift, least):
     recall, precision = recall_and_precision(*with_step(1 + variation * noise(kind, 30), shift))
     assert recall >= least
-    assert precision >= (0.98 if recall >= 0.95 else 0.85)
+    assert precision >= (0.98 if recall >= 0.95 else 0.90)
 
 
 def test_the_interval_holds_the_true_shift():
@@ -88,8 +89,22 @@ def test_most_confidence_goes_with_a_right_place():
     found = [(one, index) for values, index in zip(series, truth, strict=True) for one in detect_changes(values)]
     right = sum(abs(change.index - index) <= 2 for change, index in found) / len(found)
     said = sum(change.confidence for change, _ in found) / len(found)
-    assert all(0.7 < change.confidence <= 1 for change, _ in found)
+    assert all(0.75 < change.confidence <= 1 for change, _ in found)
     assert right == pytest.approx(said, abs=0.06)
+
+
+def test_the_range_of_places_holds_the_true_one():
+    series, truth = with_step(1 + 0.03 * noise("normal", 30), 0.06)
+    found = [(one, index) for values, index in zip(series, truth, strict=True) for one in detect_changes(values)]
+    assert all(change.first <= change.index <= change.last for change, _ in found)
+    assert sum(change.first <= index <= change.last for change, index in found) / len(found) >= 0.92
+
+
+def test_the_range_of_places_counts_from_the_start_of_the_history():
+    values = 1 + 0.01 * noise("normal", 300, count=1)[0]
+    values[200:] += 0.2
+    (change,) = detect_changes(values)
+    assert (change.first, change.index, change.last) == (200, 200, 200)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +175,26 @@ def test_a_level_of_zero_has_no_relative_shift():
     assert change.shift == math.inf
     assert change.interval.reason == "the old level is 0"
     assert change.severity is None
+
+
+extremes = st.one_of(
+    st.sampled_from([0.0, 5e-324, 1e-300, 1.0, 1e300, 1e308]), st.floats(-323.0, 308.0).map(lambda power: 10.0**power)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(extremes, min_size=8, max_size=40))
+def test_the_smallest_and_the_largest_numbers_in_one_history_are_judged_without_a_warning(values):
+    for change in detect_changes(values):
+        assert change.first <= change.index <= change.last
+        assert not math.isnan(change.shift)
+
+
+def test_a_step_of_tiny_values_is_found_beside_one_huge_value():
+    values = 1e-100 * (1 + 0.01 * noise("normal", 30, count=1)[0])
+    values[15:] *= 1.2
+    values[7] = 1e150
+    assert [change.index for change in detect_changes(values)] == [15]
 
 
 @pytest.mark.parametrize("after", [3, 4, 5])

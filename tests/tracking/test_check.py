@@ -54,6 +54,31 @@ def test_runs_of_another_environment_are_left_out_and_told() -> None:
     assert found.note == "only runs since the environment changed are compared with: torch 2 -> 3"
 
 
+def lacking(run: RunRecord, metric: str) -> RunRecord:
+    return replace(run, metrics={name: value for name, value in run.metrics.items() if name != metric})
+
+
+def with_memory(history: list[RunRecord]) -> list[RunRecord]:
+    memory = Metric(median=2.0**30, unit="bytes", better="lower")
+    return [replace(run, metrics={**run.metrics, "peak_memory": memory}) for run in history]
+
+
+def test_a_metric_that_most_earlier_runs_have_and_the_newest_lacks_is_told() -> None:
+    *older, newest = with_memory(runs([*STEADY, 0.1]))
+    step_time, missing = check_runs([*older, lacking(newest, "peak_memory")])
+    assert (step_time.missing, step_time.metric) == (False, "step_time")
+    assert (missing.metric, missing.missing, missing.judged, missing.regressed) == ("peak_memory", True, False, False)
+    assert (missing.before, missing.now, missing.verdict) == (2.0**30, None, None)
+    assert missing.note == "the newest run does not have it, 10 of 10 runs before do"
+
+
+@pytest.mark.parametrize(("having", "asked", "told"), [(3, None, 0), (3, ["peak_memory"], 1), (9, ["step_time"], 0)])
+def test_one_that_few_had_is_told_to_who_asks_for_it(having: int, asked: list[str] | None, told: int) -> None:
+    history = with_memory(runs(STEADY))
+    history = [run if place < having else lacking(run, "peak_memory") for place, run in enumerate(history)]
+    assert sum(each.missing for each in check_runs(history, metrics=asked)) == told
+
+
 def test_a_first_run_has_no_verdict_and_a_few_are_too_little() -> None:
     (found,) = check_runs(runs([0.1]))
     assert (found.verdict, found.before, found.judged) == (None, None, False)
@@ -75,3 +100,20 @@ def test_only_the_metrics_that_are_asked_for_are_judged() -> None:
     assert check_runs([]) == []
     with pytest.raises(ValueError, match="new=0"):
         check_runs([], new=0)
+
+
+def test_what_was_judged_by_what_is_told_by_its_ids() -> None:
+    moved = [value * 2 for value in STEADY]
+    (found,) = check_runs(runs([*STEADY, *moved, 0.2, 0.2]), new=2)
+    assert found.base_runs == tuple(str(number) for number in range(10, 20))
+    assert found.new_runs == ("20", "21")
+    assert (found.baseline, found.acknowledged, found.ended) == ("", None, None)
+
+
+@pytest.mark.parametrize("odd", [{"unit": "min", "better": "lower"}, {"unit": "s", "better": "higher"}])
+def test_values_of_another_unit_or_direction_are_never_mixed_in(odd: dict[str, str]) -> None:
+    history = [replace(run, metrics={"step_time": Metric(median=5.0, **odd)}) for run in runs([1.0] * 10)]
+    (found,) = check_runs([*history, *runs([*STEADY, 0.1], start=50)])
+    assert found.verdict is not None
+    assert (found.verdict.outcome, len(found.base_runs)) == ("pass", 10)
+    assert found.note == "only runs with step_time in 's', lower is better, are compared with"

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from kpt_lightning.tracking import report
-from kpt_lightning.tracking.compare import compare_runs
+from kpt_lightning.tracking.conclusion import conclude
 from kpt_lightning.tracking.record import Metric, RunKey, RunRecord
 
 KEY = RunKey(name="Net", model="a", config="b", device="GPU", device_count=2, strategy="DDP", precision="bf16-mixed")
@@ -31,28 +31,69 @@ def test_a_record_shows_each_metric_with_unit_spread_and_notes():
         assert part in text
 
 
-def test_a_comparison_shows_verdicts_the_environment_and_the_source_of_the_noise():
-    new = slower(environment={"torch": "2.14", "git_commit": "b" * 40})
-    text = report.as_text(report.comparison_table(compare_runs(RECORD, new)))
+def history(count):
+    """Runs that differ by a tenth of a percent."""
+    return [
+        dataclasses.replace(
+            RECORD, run_id=f"h{place}",
+            metrics={
+                name: dataclasses.replace(metric, median=metric.median * (1 + 0.001 * (place % 3 - 1)))
+                for name, metric in METRICS.items()
+            },
+        )
+        for place in range(count)
+    ]  # fmt: skip
+
+
+def test_a_conclusion_shows_verdicts_with_severity_and_what_else_changed():
+    new = slower(environment={"torch": "2.13", "git_commit": "b" * 40}, plan={"precision": "fp8"})
+    text = report.as_text(report.conclusion_table(conclude(new, history(8))))
     for part in (
+        "against the 8 runs of this key before",
         "step time",
         "500.000 ms",
         "+100.0%",
-        "slower",
-        "same within noise",
-        "changed: torch 2.13 -> 2.14",
-        "may be the cause",
-        "commit aaaaaaaaaa -> bbbbbbbbbb",
-        "a floor of 1.3%",
-        "final_loss: cannot tell",
+        "severe regression",
+        "pass",
+        "changed: environment.git_commit aaaaaaaaaa.. -> bbbbbbbbbb..",
+        "changed: plan.precision none -> fp8",
     ):
         assert part in text, text
 
 
-def test_a_comparison_fits_80_columns_uncut():
+@pytest.mark.parametrize(
+    ("count", "remark"),
+    [
+        (1, "1 run before: too few to judge; about 4 more needed"),
+        (4, "4 runs before: too few to judge; about 1 more needed"),
+    ],
+)
+def test_too_few_runs_still_give_a_first_answer(count, remark):
+    text = report.as_text(report.conclusion_table(conclude(slower(), history(count))))
+    assert "+100" in text
+    assert "too few runs" in text
+    assert remark in text
+    assert text.count(remark) == 1
+    assert "regression" not in text
+
+
+def test_another_environment_is_told_as_the_reason_for_no_verdict():
+    new = slower(environment={"torch": "2.14"})
+    text = " ".join(report.as_text(report.conclusion_table(conclude(new, history(8)))).split())
+    assert "no baseline" in text
+    assert "torch 2.13 -> 2.14" in text
+
+
+def test_a_short_run_says_that_it_is_too_short():
+    metrics = METRICS | {"step_time": dataclasses.replace(METRICS["step_time"], n=2)}
+    new = dataclasses.replace(RECORD, metrics=metrics, details={"first_step": 1})
+    assert "2 steady steps: too few to compare" in report.as_text(report.conclusion_table(conclude(new, history(8))))
+
+
+def test_a_conclusion_fits_80_columns_uncut():
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
-        console.print(report.comparison_table(compare_runs(RECORD, slower())))
+        console.print(report.conclusion_table(conclude(slower(), history(8))))
     assert "…" not in capture.get()
 
 
