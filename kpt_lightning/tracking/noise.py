@@ -113,13 +113,14 @@ def without_lone_values(rows: Array, index: Counts) -> Array:
 def winsorised(rows: Array, index: Counts) -> Array:
     """Rows without outliers.
 
-    A lone value that is an outlier for certain tells nothing about levels or about the place of the step: it becomes
-    the mean of what its neighbours on both sides say. Other lone values are pulled in to their neighbourhood, and all
-    values to 2.5 sigmas outside both levels; not around the level of their own side, so that the place of the step is
-    left open.
+    A lone value that is an outlier for certain, and further from its neighbours than those of one side are from those
+    of the other, tells nothing about levels or about the place of the step: it becomes the mean of what both sides say.
+    Other lone values are pulled in to their neighbourhood, and all values to 2.5 sigmas outside both levels; not around
+    the level of their own side, so that the place of the step is left open.
     """
     sigma, near = sigma_beside(rows, index), _neighbourhood(rows, index)
-    certain = (rows < near.least - SURE_CUT * sigma) | (rows > near.most + SURE_CUT * sigma)
+    least_off = np.maximum(SURE_CUT * sigma, near.most - near.least)
+    certain = (rows < near.least - least_off) | (rows > near.most + least_off)
     calm = np.where(certain, near.middle, _pulled_in(rows, sigma, near))
     low, high = _levels(rows, index)
     return np.asarray(np.clip(calm, low - CUT * sigma, high + CUT * sigma))

@@ -205,6 +205,13 @@ def test_a_clear_step_is_found_three_runs_from_either_end(after):
     assert [change.index for change in detect_changes(values[::-1])] == [after]
 
 
+@pytest.mark.parametrize(("n", "sigmas", "least"), [(8, 10.0, 0.9), (12, 6.0, 0.7), (12, 100.0, 1.0), (15, 6.0, 0.85)])
+def test_a_clear_step_is_found_in_a_short_history(n, sigmas, least):
+    values = 100 + noise("normal", n)
+    values[:, n // 2 :] += sigmas
+    assert flagged(values) >= least
+
+
 @pytest.mark.parametrize("after", [1, 2])
 def test_one_or_two_runs_are_not_a_level(after):
     values = 1 + 0.01 * noise("normal", 30)[0]

@@ -23,6 +23,14 @@ def test_an_outlier_beside_the_step_takes_no_side():
     assert 0.5 < winsorised(rows, index)[0, 14] < 3.5
 
 
+def test_a_value_beside_a_step_far_larger_than_the_noise_stays_on_its_side():
+    rows = np.random.default_rng(0).standard_normal((500, 12))
+    rows[:, 6:] += 100.0
+    calm = winsorised(rows, np.full(500, 6))
+    assert calm[:, :6].max() < 10.0
+    assert calm[:, 6:].min() > 90.0
+
+
 def test_ordinary_values_stay():
     rows, index = step_with_outlier(7, 60.0)
     kept = np.arange(30) != 7
