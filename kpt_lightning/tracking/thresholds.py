@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 LEVEL = 0.015
-"""False alarms of one look by ranks alone, up to :data:`REFERENCE` runs; the other conditions leave a third
-of them there (benchmarks/results/detector_2026-11-23.md)."""
+"""False alarms of one look by ranks alone, up to :data:`REFERENCE` runs; the other conditions leave less
+than half of them there (benchmarks/results/detector_2026-11-23.md)."""
 
 REFERENCE = 30
 """Runs at which the level is largest. Later looks at a growing history share a budget, so the level falls as 1 / n^2,
