@@ -68,10 +68,9 @@ def show_result(result: "FineTuneResult", tracker: "RegressionCallback") -> None
     if tracker.comparison is None:
         console.print("The first run like this: a second one compares itself with it.")
     else:
-        console.print(report.comparison_table(tracker.comparison))
-        # "cannot tell: why" is in the table in full.
-        found = ", ".join(f"{row.metric} {row.verdict.partition(':')[0]}" for row in tracker.comparison.rows)
-        console.print(f"Compared with the last like run: {found}.")
+        console.print(report.conclusion_table(tracker.comparison))
+        runs = tracker.comparison.earlier
+        console.print(f"Compared with {runs} earlier run{'s' * (runs != 1)}; five are enough to judge by.")
     console.print(f"Held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token.")
     console.print(
         f"Trained on {result.tokens:,} tokens at {speed.median:,.0f} tokens/s, "

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 INNER = "_compile.compile_inner"
 """Dynamo's name for the compilation of one frame, backend included; torch 2.13, torch/_dynamo/convert_frame.py."""
@@ -31,19 +32,21 @@ class CompilationWatch:
 
     def read(self) -> Compilation | None:
         """What was compiled since; None where nothing was, or where somebody reset dynamo in between."""
-        seconds, recompiles = _books()
-        before, recompiled_before = self._before
+        seconds, entries = _books()
+        before, entries_before = self._before
         since = seconds[len(before) :]
         if not since or seconds[: len(before)] != before:
             return None
-        return Compilation(sum(since), len(since), len(recompiles - recompiled_before))
+        # By object: dynamo numbers its compilations anew after a reset.
+        known = {id(each) for each in entries_before}
+        recompiles = sum(bool(each.recompile_reason) for each in entries if id(each) not in known)
+        return Compilation(sum(since), len(since), recompiles)
 
 
-def _books() -> tuple[list[float], frozenset[str]]:
-    """Seconds of each compilation of this process, and the ids of the recompilations that dynamo remembers."""
+def _books() -> tuple[list[float], list[Any]]:
+    """Seconds of each compilation of this process, and the newest entries of dynamo's, which it keeps some of."""
     if "torch._dynamo" not in sys.modules:
-        return [], frozenset()
+        return [], []
     from torch._dynamo import utils
 
-    ids = frozenset(str(each.compile_id) for each in utils.get_compilation_metrics() if each.recompile_reason)
-    return list(utils.compilation_time_metrics.get(INNER, ())), ids
+    return list(utils.compilation_time_metrics.get(INNER, ())), list(utils.get_compilation_metrics())
