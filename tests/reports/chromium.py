@@ -26,6 +26,7 @@ KEYS = {"Tab": "\ue004", "ArrowLeft": "\ue012", "ArrowRight": "\ue014", "Home": 
 """Key codes of the protocol: https://www.w3.org/TR/webdriver2/#keyboard-actions"""
 
 STARTS_WITHIN = 30.0
+SHOWS_WITHIN = 10.0
 
 
 class Browser:
@@ -68,6 +69,13 @@ class Browser:
         """Texts of the accessibility tree: what is shown, also where no script may run."""
         nodes = self._chrome("Accessibility.getFullAXTree")["nodes"]
         return [str(node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
+
+    def shows(self, text: str) -> bool:
+        """Whether a text is shown; the tree follows a page that was just read with a delay."""
+        give_up = time.monotonic() + SHOWS_WITHIN
+        while not (found := text in "\n".join(self.snapshot())) and time.monotonic() < give_up:
+            time.sleep(0.05)
+        return found
 
     def screenshot(self, file: Path, *, whole: bool = True) -> None:
         """The page, or what is in the window, as PNG."""

@@ -325,11 +325,10 @@ def test_without_scripts_all_but_the_choice_is_there(browser: Browser, demo: Pat
     browser.without_scripts()
     try:
         browser.open(demo)
-        shown = "\n".join(browser.snapshot())
-        assert "Two runs side by side" in shown
-        assert "changes.causal_attention.setting.backend" in shown
-        assert "Without scripts two other runs cannot be chosen" in shown
-        assert "Compare the runs on both sides" not in shown
+        assert browser.shows("Two runs side by side")
+        assert browser.shows("changes.causal_attention.setting.backend")
+        assert browser.shows("Without scripts two other runs cannot be chosen")
+        assert "Compare the runs on both sides" not in "\n".join(browser.snapshot())
     finally:
         browser.without_scripts(off=False)
 
