@@ -34,13 +34,19 @@ class Browser:
 
     def __init__(self, url: str) -> None:
         """Take the address of a running session."""
-        self._url = url
+        self._url, self._scripts = url, True
 
     def open(self, page: Path) -> None:
         """Show a file, read anew; on return it is whole."""
         # Between two readings of one address ChromeDriver may take the first for the second.
         self._post("/url", url="about:blank")
         self._post("/url", url=page.as_uri())
+        give_up = time.monotonic() + SHOWS_WITHIN
+        # ChromeDriver takes the end of the empty page for the end of this one when the machine is busy.
+        while self._scripts and self.run("return document.readyState") != "complete":
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"{page} was not read within {SHOWS_WITHIN:.0f} s")
+            time.sleep(0.01)
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value that a script's body returns."""
@@ -59,6 +65,7 @@ class Browser:
 
     def without_scripts(self, off: bool = True) -> None:
         """As a reader who forbids scripts; from the next page on."""
+        self._scripts = not off
         self._chrome("Emulation.setScriptExecutionDisabled", value=off)
 
     def media(self, kind: str) -> None:
