@@ -4,6 +4,7 @@ import copy
 import copyreg
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ Around = Callable[[Callable[[], Any]], Any]
 
 
 def drive(
-    model: nn.Module, subject: Subject, before: Callable[[], None] | None = None, around: Around | None = None
+    model: nn.Module,
+    subject: Subject,
+    before: Callable[[], None] | None = None,
+    around: Around | None = None,
+    context: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Callable[[], None]:
     """From now on each call of ``model`` runs in ``subject``'s contexts, outside of what is compiled.
 
@@ -32,6 +37,7 @@ def drive(
         subject: Whose contexts are entered.
         before: Called before each call of the model.
         around: Makes each call that torch.compile does not trace: it is given a function that does it.
+        context: Autocast, entered around the subject's; outputs then come back in fp32.
 
     Returns:
         Undoes it.
@@ -39,11 +45,11 @@ def drive(
     Raises:
         KptError: It is driven already.
     """
-    if _SLOT in vars(model):
+    if is_driven(model):
         raise KptError(f"{type(model).__name__} is driven already; undo that first")
     original = type(model)
     kind = _driven(original)
-    vars(model)[_SLOT] = (subject, before, around)
+    vars(model)[_SLOT] = (subject, before, around, context)
     model.__class__ = kind
 
     def undo() -> None:
@@ -53,6 +59,11 @@ def drive(
         vars(model).pop(_SLOT, None)
 
     return undo
+
+
+def is_driven(model: nn.Module) -> bool:
+    """Whether :func:`drive` is in force."""
+    return _SLOT in vars(model)
 
 
 def _driven(original: type[nn.Module]) -> type[nn.Module]:
@@ -69,18 +80,19 @@ def _driven(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    subject, before, around = vars(self).get(_SLOT, (None, None, None))
+    subject, before, around, context = vars(self).get(_SLOT, (None, None, None, None))
     if subject is None:
         return self._kpt_plain.__call__(self, *args, **kwargs)
     if before is not None:
         before()
-    with subject.forward_context():
+    with context() if context is not None else nullcontext(), subject.forward_context():
         if around is None or torch.compiler.is_compiling():
             output = self._kpt_plain.__call__(self, *args, **kwargs)
         else:
             output = around(functools.partial(self._kpt_plain.__call__, self, *args, **kwargs))
     # As Accelerate does: a loss computed outside of autocast must not run in bf16.
-    return tree_map(_to_float32, output) if "autocast_bf16" in subject.applied else output
+    low = context is not None or "autocast_bf16" in subject.applied
+    return tree_map(_to_float32, output) if low else output
 
 
 def _reduce(self: Any, protocol: int) -> Any:

@@ -48,6 +48,7 @@ def make_plan(
     *,
     parallel: Accepted | None,
     given_precision: str | None = None,
+    compiled_by: str | None = None,
 ) -> Plan:
     """Decide everything for one model.
 
@@ -57,6 +58,7 @@ def make_plan(
         profile: Of the devices that this run uses; see :func:`on_device`.
         parallel: The decision, such as "parallel ddp"; None beside a strategy of Lightning's.
         given_precision: The trainer's own precision plugin stays in charge; its name.
+        compiled_by: Who compiles the whole model afterwards, so that nothing in it is compiled now.
 
     Raises:
         UnsupportedHardwareError: As :func:`check_explicit`, or a compilation that was asked for is impossible.
@@ -71,12 +73,13 @@ def make_plan(
     if parallel is not None:
         plan.choices.append(parallel)
     plan.blocks = decide_blocks(model)
-    blocks = _compile_blocks(plan, model, profile)
+    others = None if compiled_by is None else f"{compiled_by} compiles the whole model"
+    blocks = Rejected("compile blocks", others) if others else _compile_blocks(plan, model, profile)
     if not blocks:
         plan.blocks = _unused(plan.blocks, "blocks are not compiled")
-    _choose_precision(plan, model, profile, bool(blocks), given_precision)
+    _choose_precision(plan, model, profile, bool(blocks or others), given_precision)
     plan.choices.append(blocks)
-    plan.choices.append(_compile_loss(model, config, profile))
+    plan.choices.append(Rejected("compile loss", others) if others else _compile_loss(model, config, profile))
     if blocks:
         plan.choices.append(decide_cache(model))
     plan.changes = _changes(plan)
