@@ -8,8 +8,7 @@ import argparse
 import logging
 import os
 import warnings
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,20 +17,23 @@ from rich.table import Table
 if TYPE_CHECKING:
     from kpt_lightning import RegressionCallback
     from kpt_lightning.hardware import HardwareProfile
-    from kpt_lightning.recipes.finetune import FineTuneResult
+    from kpt_lightning.recipes.report import FineTuneResult
 
 console = Console(highlight=False)
 
 
-def arguments() -> dict[str, int]:
-    """Sizes from the command line; what is not given stays as the recipe has it."""
+def arguments() -> dict[str, Any]:
+    """Settings of the recipe from the command line; what is not given stays as the recipe has it."""
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, help="sequences in a step")
     parser.add_argument("--sequence-length", type=int, help="tokens in a sequence")
-    parser.add_argument("--held-out-sequences", type=int, help="sequences that the held-out loss is the mean over")
+    parser.add_argument("--held-out-batches", type=int, help="batches that the held-out loss is the mean over")
     parser.add_argument("--warmup-steps", type=int, help="steps in which the learning rate rises")
-    return vars(parser.parse_args())
+    changes = vars(parser.parse_args())
+    if "sequence_length" in changes:
+        changes["data"] = {"sequence_length": changes.pop("sequence_length")}
+    return changes
 
 
 def prepare_process() -> None:
@@ -73,28 +75,29 @@ def show_result(result: "FineTuneResult", tracker: "RegressionCallback") -> None
         console.print(f"Compared with {runs} earlier run{'s' * (runs != 1)}; five are enough to judge by.")
     console.print(f"Held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token.")
     console.print(
-        f"Trained on {result.tokens:,} tokens at {speed.median:,.0f} tokens/s, "
+        f"Trained on {result.count:,} tokens at {speed.median:,.0f} tokens/s, "
         f"peak memory {report.show_value(memory.median, memory.unit)}."
     )
 
 
 def main() -> None:
-    sizes = arguments()
+    changes = arguments()
     console.print("Fine-tuning SmolLM2-135M on the sources of Python's standard library. Importing torch ...")
     prepare_process()
     from kpt_lightning import KptStrategy, RegressionCallback
     from kpt_lightning.hardware import detect
-    from kpt_lightning.recipes.causal_lm import smollm2_lora
-    from kpt_lightning.recipes.finetune import fine_tune_smollm2
+    from kpt_lightning.recipes.lightning_run import fine_tune
+    from kpt_lightning.recipes.registry import default_config
+    from kpt_lightning.recipes.report import to_terminal
 
     # Lightning sets its level when it is imported.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     show_hardware(detect())
-    config = smollm2_lora(**sizes)
+    config = default_config("causal-lm-lora", **changes)
     tracker = RegressionCallback(
-        name="SmolLM2-135M LoRA", config=asdict(config), on_regression="ignore", print_report=False
+        name="SmolLM2-135M LoRA", config=config.model_dump(mode="json"), on_regression="ignore", print_report=False
     )
-    result = fine_tune_smollm2(config, strategy=KptStrategy(), callbacks=[tracker], say=console.print)
+    result = fine_tune(config, strategy=KptStrategy(), callbacks=[tracker], say=to_terminal)
     show_result(result, tracker)
     if result.loss_after >= result.loss_before:
         raise SystemExit("The held-out loss did not fall.")

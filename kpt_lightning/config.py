@@ -110,32 +110,32 @@ class KptConfig(_Section):
     def _no_contradiction(self) -> Self:
         given = self.float8.model_fields_set
         if self.precision in ("bf16", "bf16-mixed", "32") and given:
-            _contradiction(
+            contradiction(
                 f"float8.{sorted(given)[0]}", f"would be ignored beside precision={self.precision!r}",
                 "Set precision to 'fp8' or 'auto', or remove the float8 section",
             )  # fmt: skip
         if self.level is Level.CONSERVATIVE and self.precision in FP8_PRECISIONS:
-            _contradiction(
+            contradiction(
                 "precision", f"{self.precision!r} is not allowed at level 'conservative', which keeps the numbers",
                 "Set level to 'balanced', or another precision",
             )  # fmt: skip
         if self.level is Level.CONSERVATIVE and given:
-            _contradiction(
+            contradiction(
                 f"float8.{sorted(given)[0]}", "would be ignored at level 'conservative', which keeps the numbers",
                 "Set level to 'balanced', or remove the float8 section",
             )  # fmt: skip
         if self.float8.backend != "native" and self.float8.odd_dims == "pad":
-            _contradiction(
+            contradiction(
                 "float8.odd_dims", f"padding goes with backend 'native'; backend is {self.float8.backend!r}",
                 "Set odd_dims to 'skip', or remove backend",
             )  # fmt: skip
         if self.float8.backend != "native" and self.parallel == "fsdp2":
-            _contradiction(
+            contradiction(
                 "float8.backend", f"{self.float8.backend!r} keeps the Parameters that fsdp2 exchanges",
                 "Remove backend, or set parallel to 'ddp'",
             )  # fmt: skip
         if self.float8.emulate and self.precision not in FP8_PRECISIONS:
-            _contradiction(
+            contradiction(
                 "float8.emulate", f"emulation must be asked for; precision is {self.precision!r}",
                 "Set precision to 'fp8'",
             )  # fmt: skip
@@ -161,7 +161,7 @@ class KptConfig(_Section):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise _explain(error, cls) from error
+            raise explain(error, cls) from error
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "KptConfig":
@@ -199,11 +199,12 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **KptConfig.model_json_schema()}
 
 
-def _contradiction(field: str, rule: str, next_step: str) -> None:
+def contradiction(field: str, rule: str, next_step: str) -> None:
+    """Raise within a validator what :func:`explain` turns into a ConfigError."""
     raise PydanticCustomError("contradiction", "{rule}", {"field": field, "rule": rule, "next_step": next_step})
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+def explain(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """The first fault of a pydantic report as one sentence."""
     faults = error.errors()
     fault = faults[0]

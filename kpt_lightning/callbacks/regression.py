@@ -1,36 +1,26 @@
 """RegressionCallback: measures a fit, tells what drifts in it, keeps its record and judges it by its history."""
 
-import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from typing_extensions import override
 
 from kpt_lightning.callbacks.fetch_probe import FetchProbe
 from kpt_lightning.errors import ConfigError, HistoryError
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.tracking import report
-from kpt_lightning.tracking.acks import SEVERITIES, all_acks
-from kpt_lightning.tracking.baselines import accepted_runs
-from kpt_lightning.tracking.conclusion import Conclusion, RegressionError, RegressionWarning, conclude
+from kpt_lightning.tracking.conclusion import Conclusion, RegressionError
 from kpt_lightning.tracking.drift import Drift
+from kpt_lightning.tracking.judge import Judge, Reaction, broken_off_record
 from kpt_lightning.tracking.record import RunRecord
-from kpt_lightning.tracking.recorder import OUT_OF_MEMORY, RunInfo, RunRecorder, TokenCount, warn_of_drift
+from kpt_lightning.tracking.recorder import RunInfo, RunRecorder, TokenCount, warn_of_drift
 from kpt_lightning.tracking.severity import Severity
 from kpt_lightning.tracking.store import RunStore
-
-OnRegression = Literal["warn", "ignore", "fail"] | Callable[[Conclusion], None]
-
-HISTORY_LIMIT = 200
-"""Newest runs that a run is judged by; more would tell its noise no better (``thresholds.GATE_QUANTILES``)."""
-
-_log = logging.getLogger(__name__)
 
 
 class RegressionCallback(Callback):
@@ -56,7 +46,7 @@ class RegressionCallback(Callback):
         tokens_per_batch: TokenCount | None = None,
         flops_per_step: float | None = None,
         config: Mapping[str, Any] | None = None,
-        on_regression: OnRegression = "warn",
+        on_regression: Reaction = "warn",
         fail_on: Severity = "minor",
         print_report: bool = True,
     ) -> None:
@@ -78,17 +68,11 @@ class RegressionCallback(Callback):
         Raises:
             ConfigError: ``warmup_steps``, ``on_regression`` or ``fail_on`` is not one of these.
         """
-        if not callable(on_regression) and on_regression not in ("warn", "ignore", "fail"):
-            rule = 'must be one of "warn", "ignore", "fail" or a function of the comparison'
-            raise ConfigError("on_regression", on_regression, rule, "Choose one of these")
-        if fail_on not in SEVERITIES:
-            raise ConfigError("fail_on", fail_on, f"must be one of {', '.join(SEVERITIES)}", "Choose one of these")
         if warmup_steps < 0:
             raise ConfigError("warmup_steps", warmup_steps, "must be at least 0", "Give 0 to count every step")
-        self.store = store if isinstance(store, RunStore) else RunStore(store)
+        self.judge = Judge(store, on_regression=on_regression, fail_on=fail_on, print_report=print_report)
         self.warmup_steps, self.name, self.config = warmup_steps, name, dict(config or {})
         self.tokens_per_batch, self.flops_per_step = tokens_per_batch, flops_per_step
-        self.on_regression, self.fail_on, self.print_report = on_regression, fail_on, print_report
         self.record: RunRecord | None = None
         self.comparison: Conclusion | None = None
         self._recorder: RunRecorder | None = None
@@ -118,7 +102,7 @@ class RegressionCallback(Callback):
         message = ""
         if trainer.is_global_zero:
             try:
-                self.store.open()
+                self.judge.store.open()
             except HistoryError as error:
                 message = str(error)
         # Every rank must raise, or the others would wait for rank 0 in their next collective.
@@ -199,7 +183,7 @@ class RegressionCallback(Callback):
             self.record = recorder.finish("finished", _plan(trainer))
         if self.record is not None:
             self._conclude(trainer, self.record)
-        if self.on_regression == "fail":
+        if self.judge.on_regression == "fail":
             self._verdict = trainer.strategy.broadcast(self._verdict)
 
     @override
@@ -214,30 +198,9 @@ class RegressionCallback(Callback):
         recorder = self._take_recorder()
         if recorder is None:
             return
-        status = "interrupted" if isinstance(exception, (KeyboardInterrupt, SystemExit)) else "failed"
-        try:
-            recorder.stop(wait=False)
-            self.record = recorder.finish(status, cause=_cause(exception))
-            if self.record is not None:
-                known = self._known(self.record)
-                self.store.add(self.record)
-                self.comparison = _fatal(conclude(self.record, **known))
-        except (HistoryError, RuntimeError, OSError) as error:
-            # Logged and not warned: a warning filter of "error" would hide the user's exception behind ours.
-            _log.warning("kpt: this %s run has no record: %s", status, error)
-        if self.comparison is not None:
-            self._log_regression(self.comparison)
-
-    def _log_regression(self, found: Conclusion) -> None:
-        """Where the user's own exception is on its way, nothing else may be raised."""
-        if not callable(self.on_regression):
-            if self.on_regression != "ignore":
-                _log.warning("kpt: %s", "; ".join(found.regressions))
-            return
-        try:
-            self.on_regression(found)
-        except Exception:  # noqa: BLE001 - told, and must not hide the exception that ended the run
-            _log.exception("kpt: on_regression raised")
+        self.record = broken_off_record(recorder, exception)
+        if self.record is not None:
+            self.comparison = self.judge.broken_off(self.record)
 
     def _take_recorder(self) -> RunRecorder | None:
         recorder, self._recorder = self._recorder, None
@@ -249,59 +212,15 @@ class RegressionCallback(Callback):
     def _conclude(self, trainer: "pl.Trainer", record: RunRecord) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(report.log_values(record), step=trainer.global_step)
-        try:
-            known = self._known(record)
-            self.store.add(record)
-        except HistoryError as error:
-            warnings.warn(f"kpt: training finished, its record was not stored: {error}", stacklevel=2)
-            return
-        self.comparison = conclude(record, **known)
-        if self.print_report:
-            self._print(record)
-        if self.comparison is not None and self.comparison.regressed:
-            self._react(self.comparison)
-
-    def _known(self, record: RunRecord) -> dict[str, Any]:
-        """What a run is judged by."""
-        return {
-            "history": self.store.like(record.key, limit=HISTORY_LIMIT),
-            "acks": all_acks(self.store),
-            "accepted": accepted_runs(self.store),
-            "fail_on": self.fail_on,
-        }
+        self.comparison = self.judge.finished(record)
+        if self.comparison is not None and self.judge.on_regression == "fail":
+            self._verdict = self.comparison.regressions
 
     def _tell(self, trainer: "pl.Trainer", drift: Drift) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({f"kpt/drift/{drift.kind}": drift.growth}, step=trainer.global_step)
-        if self.on_regression != "ignore":
+        if self.judge.on_regression != "ignore":
             warn_of_drift(drift)
-
-    def _print(self, record: RunRecord) -> None:
-        console = Console()
-        if self.comparison is None:
-            console.print(report.record_table(record))
-            console.print(report.NOTHING_TO_COMPARE)
-        else:
-            console.print(report.conclusion_table(self.comparison))
-
-    def _react(self, found: Conclusion) -> None:
-        if callable(self.on_regression):
-            self.on_regression(found)
-        elif self.on_regression == "fail":
-            self._verdict = found.regressions
-        elif self.on_regression == "warn":
-            warnings.warn(f"kpt: {'; '.join(found.regressions)}", RegressionWarning, stacklevel=2)
-
-
-def _fatal(found: Conclusion | None) -> Conclusion | None:
-    """Of a run that did not finish only what killed it counts."""
-    return found if found is not None and found.problems else None
-
-
-def _cause(exception: BaseException) -> str:
-    """What killed a run, without the message, which may hold what nobody wants to store."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return OUT_OF_MEMORY if isinstance(exception, kinds) else type(exception).__name__
 
 
 def _plan(trainer: "pl.Trainer") -> dict[str, Any] | None:

@@ -5,8 +5,10 @@ from typing import Annotated
 import typer
 
 from kpt_lightning import __version__
+from kpt_lightning.cli.accelerate_config import accelerate_config
 from kpt_lightning.cli.config import config
 from kpt_lightning.cli.doctor import doctor
+from kpt_lightning.cli.finetune import finetune
 from kpt_lightning.cli.optimize import optimize
 from kpt_lightning.cli.regress import app as regress
 from kpt_lightning.errors import HistoryError, KptError
@@ -21,8 +23,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(accelerate_config)
 app.command()(config)
 app.command()(doctor)
+app.command()(finetune)
 app.command()(optimize)
 app.add_typer(regress, name="regress")
 

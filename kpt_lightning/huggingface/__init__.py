@@ -9,16 +9,25 @@ if TYPE_CHECKING:
     from kpt_lightning.huggingface.accelerator import KptAccelerator as KptAccelerator
     from kpt_lightning.huggingface.preparation import prepare as prepare
     from kpt_lightning.huggingface.session import Session as Session
+    from kpt_lightning.huggingface.tracker import KptTracker as KptTracker
+    from kpt_lightning.huggingface.tracking_callback import KptRunCallback as KptRunCallback
     from kpt_lightning.huggingface.trainer_callback import KptTrainerCallback as KptTrainerCallback
 
 _HOME = {
     "KptAccelerator": "accelerator",
+    "KptRunCallback": "tracking_callback",
+    "KptTracker": "tracker",
     "KptTrainerCallback": "trainer_callback",
     "Session": "session",
     "prepare": "preparation",
 }
 
-_NEEDS = {"KptAccelerator": (ACCELERATE,), "KptTrainerCallback": (ACCELERATE, TRANSFORMERS)}
+_NEEDS = {
+    "KptAccelerator": (ACCELERATE,),
+    "KptRunCallback": (ACCELERATE, TRANSFORMERS),
+    "KptTracker": (ACCELERATE,),
+    "KptTrainerCallback": (ACCELERATE, TRANSFORMERS),
+}
 
 __all__ = [*_HOME]
 

@@ -21,12 +21,25 @@ from kpt_lightning.optimize.code_facts import code_facts
 from kpt_lightning.optimize.model_facts import model_facts
 from kpt_lightning.optimize.plan import Plan
 from kpt_lightning.optimize.replay import load_plan
-from kpt_lightning.optional import ALL, installed_version
+from kpt_lightning.optional import (
+    ALL,
+    DATASETS,
+    GGUF,
+    MINILM,
+    PSYCOPG,
+    SCATTERTEXT,
+    SCIKIT_LEARN,
+    SMOLLM2,
+    installed_version,
+)
 from kpt_lightning.tracking.fingerprint import model_fingerprint
 from kpt_lightning.tracking.record import digest
 
 DIRECTORY = Path(".kpt/plans")
 """Under the current directory, beside the run history."""
+
+NO_MATTER = (DATASETS, GGUF, MINILM, PSYCOPG, SCATTERTEXT, SCIKIT_LEARN, SMOLLM2)
+"""Packages that give data or keep histories: another version of them makes no other plan."""
 
 
 def plan_key(
@@ -58,7 +71,7 @@ def plan_key(
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
-        "packages": {package.distribution: package.version for package in ALL},
+        "packages": {package.distribution: package.version for package in ALL if package not in NO_MATTER},
         "candidates": sorted(each.name for each in pool),
     }
     return digest(facts)

@@ -161,6 +161,15 @@ class RunRecorder:
             self._take(self.timer.drain())
             self._work = Work(index=self._work.index + 1)
 
+    def loss(self, step: int, value: torch.Tensor | float) -> None:
+        """A loss that became known after its step, as a mean over several; ``step`` counts from the first run's first.
+
+        Args:
+            step: The optimizer step that it belongs to, from 1.
+            value: Kept on its device.
+        """
+        self._losses.add(step, value)
+
     def pause(self) -> None:
         """Validation, a checkpoint or the like happens before the next batch: its time is not the training's."""
         self.timer.pause()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SMALL = ("--steps", "9", "--batch-size", "1", "--sequence-length", "64", "--held-out-sequences", "2")
+SMALL = ("--steps", "9", "--batch-size", "1", "--sequence-length", "64", "--held-out-batches", "2")
 
 
 def run(example: str, folder: Path, *arguments: str) -> str:

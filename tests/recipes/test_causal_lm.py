@@ -1,79 +1,76 @@
+import json
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
 
 from kpt_lightning.errors import ConfigError
-from kpt_lightning.recipes.causal_lm import LLAMA_LINEARS, CausalLM, FineTuneConfig, add_lora, smollm2_lora
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
-TINY = smollm2_lora(steps=4, batch_size=2, sequence_length=16, held_out_sequences=2, warmup_steps=1, lora_rank=2)
+from kpt_lightning.recipes.registry import default_config, make_task
+from kpt_lightning.recipes.task import Task
 
 
-def test_recipe_is_a_full_config_and_takes_changes() -> None:
-    assert isinstance(smollm2_lora(), FineTuneConfig)
-    assert (smollm2_lora(steps=7).steps, smollm2_lora(steps=7).lora_rank) == (7, smollm2_lora().lora_rank)
+def task_for(folder: Path, recipe: str = "causal-lm-full", **changes: object) -> Task:
+    changes = {"steps": 2, "held_out_batches": 2, "data": {"sequence_length": 32}} | changes
+    return make_task(default_config(recipe, model=str(folder), **changes), lambda line: None)
 
 
-def test_unknown_setting_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"lr=0\.1: it is no setting of this recipe\. Known: steps, batch_size"):
-        smollm2_lora(lr=0.1)
+def test_loss_is_the_mean_cross_entropy_of_the_next_token_that_is_learned(byte_folder: Path) -> None:
+    task = task_for(byte_folder)
+    batch = task.collate([task.held_out[0], task.held_out[1]])
+    logits = task.model.eval()(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(task.loss(task.model, batch), expected)
+    assert expected.item() == pytest.approx(math.log(258), abs=0.3)
+    with torch.no_grad():
+        total, weight = task.metrics(task.model, batch)["loss"]
+    assert total / weight == pytest.approx(expected.item(), rel=1e-5)
+    assert weight == float((batch["labels"][:, 1:] != -100).sum())
+    assert task.count(batch) == 64
+
+
+def test_accuracy_counts_the_likeliest_token(byte_folder: Path) -> None:
+    task = task_for(byte_folder)
+    batch = task.collate([task.held_out[0]])
+    with torch.no_grad():
+        likeliest = task.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
+        batch["labels"][:, 1:] = likeliest[:, :-1]
+        batch["labels"][:, 1:6] = 0
+        right, weight = task.metrics(task.model, batch)["accuracy"]
+    assert weight == 31
+    assert right == 31 - int((likeliest[0, :5] != 0).sum())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_more_rows_are_tokenized_than_the_run_uses(byte_folder: Path, packing: bool) -> None:
+    task = task_for(byte_folder, gradient_accumulation=3, data={"sequence_length": 32, "packing": packing})
+    assert len(task.train) == 2 * 3 * 2
+    assert len(task.held_out) == 2 * 2
+
+
+def test_own_lines_are_read(byte_folder: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"{number} and {number}?", "answer": str(2 * number)}) for number in range(40)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(lines))
+    data = {"source": str(source), "prompt": "question", "completion": "answer", "sequence_length": 32, "held_out": 0.3}
+    config = default_config("causal-lm-lora", model=str(byte_folder), steps=2).model_dump(exclude_unset=True)
+    task = make_task(type(default_config("causal-lm-lora")).build(config | {"data": data}), lambda line: None)
+    labels = task.train[0]["labels"]
+    assert 0 < int((labels != -100).sum()) < len(labels)
 
 
 @pytest.mark.parametrize(
-    ("changes", "field"),
+    ("changes", "said"),
     [
-        ({"steps": 0}, "steps"),
-        ({"batch_size": -1}, "batch_size"),
-        ({"sequence_length": 1}, "sequence_length"),
-        ({"warmup_steps": 40}, "warmup_steps"),
-        ({"lora_rank": 0}, "lora_rank"),
+        ({"data": {"label": "stars"}}, "data.label='stars': would be ignored: 'causal-lm-full' does not read it"),
+        ({"model": "no/such-model"}, "model='no/such-model': transformers cannot load it: .*Known here: smollm2-135m"),
+        ({"data": {"source": "digits"}}, "data.source='digits': holds images"),
     ],
+    ids=["label", "model", "images"],
 )
-def test_impossible_size_names_the_field(changes: dict[str, int], field: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        smollm2_lora(**changes)
-    assert caught.value.field == field
-
-
-def test_lora_trains_two_matrices_a_linear_layer_and_nothing_else(byte_llama: "LlamaForCausalLM") -> None:
-    wanted = sum(
-        TINY.lora_rank * sum(module.weight.shape)
-        for name, module in byte_llama.named_modules()
-        if name.endswith(LLAMA_LINEARS)
-    )
-    adapted = add_lora(byte_llama, TINY)
-    trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    assert all("lora_" in name for name in trainable)
-    assert sum(trainable.values()) == wanted
-
-
-def test_new_adapters_change_no_output(byte_llama: "LlamaForCausalLM") -> None:
-    tokens = torch.arange(32).reshape(2, 16)
-    before = byte_llama.eval()(input_ids=tokens).logits.detach()
-    after = add_lora(byte_llama, TINY).eval()(input_ids=tokens).logits
-    torch.testing.assert_close(after, before)
-
-
-def test_loss_is_the_mean_cross_entropy_of_the_next_token(byte_llama: "LlamaForCausalLM") -> None:
-    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
-    logits = byte_llama(input_ids=tokens).logits
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 256), tokens[:, 1:].reshape(-1))
-    torch.testing.assert_close(CausalLM(byte_llama, TINY).loss(tokens), expected)
-    assert expected.item() == pytest.approx(math.log(256), abs=0.2)
-
-
-def test_rate_rises_and_falls_linearly(byte_llama: "LlamaForCausalLM") -> None:
-    config = smollm2_lora(steps=6, warmup_steps=2, learning_rate=1.0)
-    settings = CausalLM(byte_llama, config).configure_optimizers()
-    optimizer, scheduler = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(6):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+def test_what_does_not_fit_is_refused(
+    byte_folder: Path, changes: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=said):
+        make_task(default_config("causal-lm-full", **({"model": str(byte_folder)} | changes)), lambda line: None)
