@@ -1,7 +1,7 @@
 """Run a fine-tuning recipe from a script of one's own. Run: python examples/finetune.py causal-lm-lora --steps 8.
 
 The same file in each process of Accelerate: accelerate launch examples/finetune.py causal-lm-lora --steps 8, and with
-the gains of kpt: accelerate launch -m kpt_lightning.launch examples/finetune.py causal-lm-lora --steps 8
+kpt: accelerate launch -m kpt_lightning.launch examples/finetune.py causal-lm-lora --steps 8
 """
 
 import argparse
