@@ -65,7 +65,7 @@ def show_result(result: "FineTuneResult", tracker: "RegressionCallback") -> None
     if record is None:
         raise SystemExit("No step ran, so there is no record.")
     speed, memory = record.metrics["tokens_per_second"], record.metrics["peak_memory"]
-    console.print(f"\nRecord stored in {tracker.store.place}:")
+    console.print(f"\nRecord stored in {tracker.judge.store.place}:")
     console.print(report.record_table(record))
     if tracker.comparison is None:
         console.print("The first run like this: a second one compares itself with it.")
