@@ -23,8 +23,7 @@ def patched(session: Session) -> Iterator[None]:
     """While the block runs, each Accelerator of this process converts its models by ``session``.
 
     ``save_state`` and the Trainer's checkpoints are atomic, and ``--report_to kpt`` (``log_with="kpt"``) keeps a
-    history of runs. A method
-    that the script replaced meanwhile stays as the script left it.
+    history of runs. A method that the script replaced meanwhile stays as the script left it.
 
     Raises:
         MissingDependencyError: Where Accelerate is absent.
